@@ -1,9 +1,10 @@
 """A protobuf codec small enough for a process that lives beside every pod.
 
-A message is a class whose fields are declared once, with their numbers; from that come a keyword constructor,
-`encode` and `decode`. Fields this side does not know are kept as they came and sent on, because requests are changed
-in one field and forwarded. This module imports nothing at run time and must stay so: the shim's daemon, its `start`
-and its `delete` all stand on it, and the protobuf package would cost them more than the rest together.
+A message is a class whose fields are declared once, with their numbers; from that come a keyword
+constructor, `encode` and `decode`. Fields this side does not know are kept as they came and sent
+on, because requests are changed in one field and forwarded. This module imports nothing at run
+time and must stay so: the shim's daemon, its `start` and its `delete` all stand on it, and the
+protobuf package would cost them more than the rest together.
 
     class Mount(Message):
         type: str = string(1)
@@ -19,8 +20,9 @@ and its `delete` all stand on it, and the protobuf package would cost them more 
     request.id = "other"
     payload = request.encode()
 
-Presence follows proto3: a plain scalar is left off the wire when it is zero, `optional(...)` makes None mean absent
-and everything else be sent (which is also what proto2 wants), a message is None when absent.
+Presence follows proto3: a plain scalar is left off the wire when it is zero, `optional(...)` makes
+None mean absent and everything else be sent (which is also what proto2 wants), a message is None
+when absent.
 """
 
 from __future__ import annotations
@@ -53,14 +55,15 @@ _INT_RANGES = {
 
 
 class DecodeError(ValueError):
-    """The bytes are not an encoding of the message: truncated, overlong, not UTF-8. The only error `decode` raises."""
+    """The bytes encode no such message: truncated, overlong, not UTF-8. All that `decode` raises."""
 
 
 class Field:
     """One row of a message's table.
 
-    `kind` is protobuf's own type name (int32, string, message, ...) or "map" for map<string, string>;
-    `label` is "singular" (proto3 scalar, or a message), "optional" (explicit presence) or "repeated".
+    `kind` is protobuf's own type name (int32, string, message, ...), or "map" for a
+    map<string, string>; `label` is "singular" (a proto3 scalar, or a message), "optional"
+    (explicit presence) or "repeated".
     """
 
     __slots__ = ("kind", "label", "message", "name", "number")
@@ -85,8 +88,9 @@ class Field:
         return {"string": "", "bytes": b"", "bool": False}.get(self.kind, 0)
 
 
-# The declarations. To the type checker each is a value of the field's Python type, so that the annotation beside it is
-# checked; at run time each is a Field, which the metaclass takes out of the class body.
+# The declarations. To the type checker each is a value of the field's Python type, so that the
+# annotation beside it is checked; at run time each is a Field, which the metaclass takes out of the
+# class body.
 
 
 def _declare(number: int, kind: str, message: type[Message] | None = None) -> Any:
@@ -132,12 +136,12 @@ def message(number: int, cls: type[M]) -> M:
 
 
 def string_map(number: int) -> dict[str, str]:
-    """map<string, string>, which is also how a repeated {key = 1, value = 2} with unique keys may be read."""
+    """map<string, string>; reads any repeated {key = 1, value = 2} of strings, the last key wins."""
     return _declare(number, "map")  # type: ignore[no-any-return]
 
 
 def optional(field: T) -> T | None:
-    """Explicit presence (proto3 `optional`, all of proto2): None is absent, any other value is sent, zero too."""
+    """Explicit presence (proto3 `optional`, all of proto2): None is absent, zero is sent."""
     return _relabel(field, "optional")  # type: ignore[no-any-return]
 
 
@@ -152,7 +156,7 @@ def _relabel(field: Any, label: str) -> Any:
 
 
 class _MessageType(type):
-    """Turns the declared fields into slots and into the two tables that encoding and decoding run over."""
+    """Turns the declared fields into slots and into the tables that `encode` and `decode` run over."""
 
     def __new__(mcls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> _MessageType:
         fields = []
@@ -179,7 +183,7 @@ class _MessageType(type):
 
 @dataclass_transform(kw_only_default=True)
 class Message(metaclass=_MessageType):
-    """Base of all messages: subclass it directly and declare fields. Mutable, compared by value, not hashable."""
+    """Base of all messages: subclass it directly and declare fields. Mutable, compared by value."""
 
     __slots__ = ("_unknown",)
 
@@ -204,7 +208,7 @@ class Message(metaclass=_MessageType):
     def encode(self) -> bytes:
         """The wire form: known fields by number, then the unknown ones as they came.
 
-        Raises ValueError for a number outside its field's range and TypeError for a value of the wrong type.
+        Raises ValueError for a number outside its field's range, TypeError for a wrong type.
         """
         out = bytearray()
         for name, write in self._WRITERS:
@@ -248,9 +252,8 @@ class Message(metaclass=_MessageType):
                 continue
             stop = pos + number
             if stop > end:
-                raise DecodeError(
-                    f"{type(self).__name__}.{field.name}: {number} bytes announced, {end - pos} left"
-                )
+                where = f"{type(self).__name__}.{field.name}"
+                raise DecodeError(f"{where}: {number} bytes announced, {end - pos} left")
             self._put_length_delimited(field, convert, data, pos, stop)
             pos = stop
         if unknown_parts:
@@ -318,9 +321,8 @@ class Message(metaclass=_MessageType):
 
 
 def _encode_error(error: Exception, where: str) -> Exception:
-    """The same kind of error with the field's path in front, built up from the innermost message outwards."""
-    text = str(error)
-    text = f"{where}: {text}"
+    """The same kind of error with the field's path in front, which grows from the inside out."""
+    text = f"{where}: {error}"
     return ValueError(text) if isinstance(error, ValueError) else TypeError(text)
 
 
@@ -406,7 +408,7 @@ _FROM_VARINT: dict[str, Callable[[int], Any]] = {
 
 
 def _tag_table(fields: list[Field]) -> dict[int, tuple[Field, Callable[[Any], Any] | None]]:
-    """Tag (number and wire type) to field. A known number with a foreign wire type is thus an unknown field."""
+    """Tag (number, wire type) to field: a known number with a foreign wire type is unknown."""
     table: dict[int, tuple[Field, Callable[[Any], Any] | None]] = {}
     for field in fields:
         convert = _FROM_VARINT.get(field.kind)
