@@ -55,7 +55,7 @@ _INT_RANGES = {
 
 
 class DecodeError(ValueError):
-    """The bytes encode no such message: truncated, overlong, not UTF-8. All that `decode` raises."""
+    """The bytes encode no such message (truncated, overlong, not UTF-8); all `decode` raises."""
 
 
 class Field:
@@ -136,7 +136,7 @@ def message(number: int, cls: type[M]) -> M:
 
 
 def string_map(number: int) -> dict[str, str]:
-    """map<string, string>; reads any repeated {key = 1, value = 2} of strings, the last key wins."""
+    """map<string, string>; reads any repeated {key = 1, value = 2}; the last of a key wins."""
     return _declare(number, "map")  # type: ignore[no-any-return]
 
 
@@ -156,7 +156,7 @@ def _relabel(field: Any, label: str) -> Any:
 
 
 class _MessageType(type):
-    """Turns the declared fields into slots and into the tables that `encode` and `decode` run over."""
+    """Turns the declared fields into slots and the tables `encode` and `decode` run over."""
 
     def __new__(mcls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> _MessageType:
         fields = []
