@@ -1,0 +1,343 @@
+"""Requests to CRIU from the first byte to the last: version, features, dump.
+
+A dump answers every notification, keeps to a deadline, can be cancelled, and always ends: with
+CRIU's own answer, or with CRIU killed and the container's freezer put back. It must never leave
+a CRIU behind, and never take a dump for good that CRIU did not call good.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from shim.criu_bridge import freezer, rpc
+from shim.criu_bridge.errors import CriuError, explain, first_error, read_log
+from shim.criu_bridge.transport import Cancel, Connection, NotStarted, Service, Swrk
+from shim.protowire import DecodeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    OnNotify = Callable[[str], bool]
+
+LOG_NAME = "dump.log"
+
+# A query is answered by CRIU alone, with no container involved.
+_QUERY_TIMEOUT_S = 30.0
+
+# What CRIU gets to undo a dump that was stopped, before it is killed.
+GRACE_S = 10.0
+
+# runc waits as long for a freeze (cgroups/fs2/freezer.go).
+_FREEZE_TIMEOUT_S = 10.0
+
+# How long killed CRIU's code may need to leave the processes again.
+_CURE_TIMEOUT_S = 5.0
+
+
+class DumpResult:
+    """A good dump. `seconds` is from the request to CRIU's answer; `notifications` are (name,
+    seconds after the request) in the order they came; `log_path` is CRIU's log."""
+
+    __slots__ = ("log_path", "notifications", "seconds")
+
+    def __init__(
+        self, seconds: float, notifications: list[tuple[str, float]], log_path: str
+    ) -> None:
+        self.seconds = seconds
+        self.notifications = notifications
+        self.log_path = log_path
+
+
+def version(criu: Swrk | Service) -> tuple[int, int, int]:
+    """CRIU's version, (4, 1, 1). Raises CriuError."""
+    answer = _query(criu, rpc.CriuReq(type=rpc.VERSION)).version
+    if answer is None:
+        raise CriuError(f"{criu} answered a version request without a version")
+    return answer.major_number or 0, answer.minor_number or 0, answer.sublevel or 0
+
+
+def check_features(criu: Swrk | Service) -> rpc.CriuFeatures:
+    """Which of CRIU's optional features this kernel has. Raises CriuError."""
+    wanted = rpc.CriuFeatures(mem_track=True, lazy_pages=True, pidfd_store=True)
+    answer = _query(criu, rpc.CriuReq(type=rpc.FEATURE_CHECK, features=wanted)).features
+    if answer is None:
+        raise CriuError(f"{criu} answered a feature request without features")
+    return answer
+
+
+def dump(
+    criu: Swrk | Service,
+    opts: rpc.CriuOpts,
+    images_dir: str,
+    work_dir: str,
+    *,
+    on_notify: OnNotify | None = None,
+    deadline_s: float | None = None,
+    cancel: Cancel | None = None,
+) -> DumpResult:
+    """Dump the tree of `opts.pid` into `images_dir`, CRIU's log and statistics into `work_dir`.
+
+    Both directories must exist. `opts` comes from `request.dump_options`; the descriptors and
+    the log's name are filled in here. `on_notify(name)` is called for each notification, on
+    this thread, with CRIU waiting; False or an exception makes CRIU undo the dump. After
+    `deadline_s` seconds, or `cancel`, CRIU is made to undo the dump, and killed if it does not.
+
+    Raises CriuError; then the images are worthless and the processes live on, frozen if they
+    were frozen before.
+    """
+    pid = opts.pid or 0
+    log_path = os.path.join(work_dir, LOG_NAME)
+    opts.log_file = LOG_NAME
+    origin = freezer.state(opts.freeze_cgroup) if opts.freeze_cgroup else None
+    _forget(log_path)
+    # CRIU opens both through /proc/<our pid>/fd, so they stay open until it has answered.
+    images_fd = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        work_fd = os.open(work_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            opts.images_dir_fd = images_fd
+            opts.work_dir_fd = work_fd
+            conversation = _Conversation(criu, pid, on_notify, deadline_s, cancel)
+            answer = conversation.run(rpc.CriuReq(type=rpc.DUMP, opts=opts))
+        finally:
+            os.close(work_fd)
+    finally:
+        os.close(images_fd)
+    if answer is not None and answer.success and answer.type == rpc.DUMP:
+        return DumpResult(conversation.seconds, conversation.notifications, log_path)
+    refrozen = None
+    if opts.freeze_cgroup and origin is not None:
+        refrozen = _put_freezer_back(opts.freeze_cgroup, origin)
+    raise _failure(criu, pid, log_path, conversation, answer, refrozen, origin)
+
+
+class _Conversation:
+    """One DUMP request with everything that may go on until its answer."""
+
+    def __init__(
+        self,
+        criu: Swrk | Service,
+        pid: int,
+        on_notify: OnNotify | None,
+        deadline_s: float | None,
+        cancel: Cancel | None,
+    ) -> None:
+        self._criu = criu
+        self._pid = pid
+        self._on_notify = on_notify
+        self._deadline_s = deadline_s
+        self._cancel = cancel
+        self._start = time.monotonic()
+        self.notifications: list[tuple[str, float]] = []
+        self.seconds = 0.0
+        self.stopped: str | None = None  # why we stopped CRIU, for the message
+        self.killed = False
+        self.ending = ""  # how CRIU ended without an answer
+        self.callback_error: Exception | None = None
+        self.refused: str | None = None  # the notification on_notify said no to
+
+    def run(self, request: rpc.CriuReq) -> rpc.CriuResp | None:
+        """CRIU's final answer, or None where it ended without one."""
+        try:
+            connection = self._criu.open()
+        except NotStarted as err:
+            raise CriuError(f"cannot dump pid {self._pid}: {err.strerror}") from err
+        with connection:
+            try:
+                connection.send(request.encode())
+            except OSError:
+                answer = None
+            else:
+                answer = self._until_answer(connection)
+            self.seconds = time.monotonic() - self._start
+            if answer is None:
+                connection.wait(_CURE_TIMEOUT_S)
+                self.ending = connection.ending()
+        return answer
+
+    def _until_answer(self, connection: Connection) -> rpc.CriuResp | None:
+        limit = None if self._deadline_s is None else self._start + self._deadline_s
+        while True:
+            data = connection.receive(limit, None if self.stopped else self._cancel)
+            if data == b"":
+                return None
+            if data is None:
+                if self.stopped:
+                    self.killed = True
+                    connection.kill(self._pid)
+                    return None
+                self._stop(connection)
+                limit = time.monotonic() + GRACE_S
+                continue
+            try:
+                answer = rpc.CriuResp.decode(data)
+            except DecodeError as err:
+                self.stopped = f"its answer was not understood ({err})"
+                connection.kill(self._pid)
+                return None
+            if answer.type != rpc.NOTIFY:
+                return answer
+            self._answer_notification(connection, answer)
+
+    def _stop(self, connection: Connection) -> None:
+        if self._cancel is not None and self._cancel.cancelled:
+            self.stopped = "the dump was cancelled"
+        else:
+            self.stopped = f"the deadline of {self._deadline_s:g} s passed"
+        connection.starve()
+
+    def _answer_notification(self, connection: Connection, answer: rpc.CriuResp) -> None:
+        name = (answer.notify.script if answer.notify else None) or ""
+        self.notifications.append((name, time.monotonic() - self._start))
+        success = self.stopped is None and self._consent(name)
+        reply = rpc.CriuReq(type=rpc.NOTIFY, notify_success=success)
+        try:
+            connection.send(reply.encode())
+        except OSError:
+            pass  # CRIU has gone: the next receive says so
+
+    def _consent(self, name: str) -> bool:
+        if self._on_notify is None:
+            return True
+        try:
+            consent = self._on_notify(name)
+        except Exception as err:
+            self.callback_error = err
+            consent = False
+        if not consent:
+            self.refused = name
+        return consent
+
+
+def _put_freezer_back(cgroup: str, origin: str) -> bool:
+    """After a failed dump: the freezer as it was. A CRIU that failed by itself has done so
+    already; one that was killed has not, and its code may still be in the processes, where it
+    removes itself only while they run."""
+    wanted = freezer.THAWED if origin == freezer.THAWED else freezer.FROZEN
+    if freezer.state(cgroup) == wanted:
+        return True
+    if wanted == freezer.FROZEN:
+        _wait_cured(cgroup)
+    return freezer.put_back(cgroup, wanted, _FREEZE_TIMEOUT_S)
+
+
+def _failure(
+    criu: Swrk | Service,
+    pid: int,
+    log_path: str,
+    conversation: _Conversation,
+    answer: rpc.CriuResp | None,
+    refrozen: bool | None,
+    origin: str | None,
+) -> CriuError:
+    log = read_log(log_path)
+    line = first_error(log)
+    errno = 0
+    if answer is not None:
+        errno = answer.cr_errno or 0
+        if line is None and answer.cr_errmsg:
+            line = answer.cr_errmsg.decode("utf-8", "replace").strip()
+    parts = []
+    if conversation.stopped:
+        parts.append(conversation.stopped)
+        if conversation.killed:
+            parts.append(f"CRIU did not stop within {GRACE_S:g} s and was killed")
+    elif answer is None:
+        parts.append(f"CRIU ended without an answer ({conversation.ending})")
+    elif conversation.refused is not None:
+        why = f" ({conversation.callback_error})" if conversation.callback_error else ""
+        parts.append(f"refused at {conversation.refused}{why}")
+    if not conversation.stopped and conversation.refused is None:
+        if line:
+            parts.append(line)
+            words = explain(log or line)
+            if words:
+                parts.append(words)
+        elif errno:
+            parts.append(os.strerror(errno))
+    if refrozen is False:
+        wanted = "thawed" if origin == freezer.THAWED else "frozen"
+        parts.append(f"the container could not be {wanted} again as it was before")
+    text = f"{criu} could not dump pid {pid}: " + "; ".join(parts or ["no reason given"])
+    if log:
+        text += f"; log: {log_path}"
+    error = CriuError(
+        text,
+        log_path=log_path if log else None,
+        first_error=line,
+        errno=errno,
+        died=answer is None,
+        refrozen=refrozen,
+    )
+    error.__cause__ = conversation.callback_error
+    return error
+
+
+def _query(criu: Swrk | Service, request: rpc.CriuReq) -> rpc.CriuResp:
+    """One request that has one answer and touches no container."""
+    try:
+        connection = criu.open()
+    except NotStarted as err:
+        raise CriuError(f"cannot ask CRIU: {err.strerror}") from err
+    with connection:
+        try:
+            connection.send(request.encode())
+            data = connection.receive(time.monotonic() + _QUERY_TIMEOUT_S, None)
+        except OSError as err:
+            raise CriuError(f"{criu} closed the connection: {err.strerror}", died=True) from err
+        if data is None:
+            connection.kill(0)
+            raise CriuError(f"{criu} did not answer within {_QUERY_TIMEOUT_S:g} s", died=True)
+        if not data:
+            connection.wait(_CURE_TIMEOUT_S)
+            raise CriuError(f"{criu} ended without an answer ({connection.ending()})", died=True)
+    try:
+        answer = rpc.CriuResp.decode(data)
+    except DecodeError as err:
+        raise CriuError(f"{criu} sent an answer that is not understood: {err}") from err
+    if not answer.success:
+        reason = (answer.cr_errmsg or b"").decode("utf-8", "replace").strip()
+        raise CriuError(
+            f"{criu} refused: {reason or os.strerror(answer.cr_errno or 0)}",
+            errno=answer.cr_errno or 0,
+        )
+    return answer
+
+
+def _wait_cured(cgroup: str) -> None:
+    """Wait until no process of the cgroup is traced or carries CRIU's code."""
+    deadline = time.monotonic() + _CURE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not any(_infected(pid) for pid in _pids(cgroup)):
+            return
+        time.sleep(0.01)
+
+
+def _pids(cgroup: str) -> list[int]:
+    pids = []
+    for directory, _, _ in os.walk(cgroup):
+        try:
+            with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as file:
+                pids += [int(line) for line in file]
+        except OSError:
+            continue
+    return pids
+
+
+def _infected(pid: int) -> bool:
+    """compel puts its code into a shared mapping of a memory file of this name."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            return b"CRIUMFD" in file.read()
+    except OSError:
+        return False
+
+
+def _forget(path: str) -> None:
+    """A log of an earlier attempt must not explain this one."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
