@@ -1,0 +1,253 @@
+"""The shim's side of the helper: driver calls that come back in bounded time, or are abandoned.
+
+Starts the helper at the first call and a fresh one after the last was killed or given up. Every
+call has a deadline of the shim's own; the driver's timeouts are not trusted. Lean: lives in the
+shim, so no cffi, asyncio or subprocess here. Never ask about a frozen process all the same: the
+deadline saves the shim, not the minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+from shim.cuda import states
+from shim.cuda.errors import CallAbandoned, HelperDied, LibraryError
+
+START_SECONDS = 20.0  # for the helper to start and load libcuda (0.1 s on an idle machine)
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from shim.cuda.helper import main; main(*sys.argv[2:])"
+)
+_LARGEST_MESSAGE = 65536
+
+
+class Library:
+    """What the helper found: `path` of libcuda (or of NVIDIA's command, where that stands in),
+    `cuda_version` e.g. 13000, `missing` checkpoint calls of this libcuda."""
+
+    __slots__ = ("cuda_version", "missing", "path")
+
+    def __init__(self, path: str, cuda_version: int, missing: tuple[str, ...]) -> None:
+        self.path = path
+        self.cuda_version = cuda_version
+        self.missing = missing
+
+
+class Answer:
+    """A driver call that came back: CUresult `code`, its `name` (or why it could not be made),
+    `value` of the question, `started` and `ended` in seconds of CLOCK_MONOTONIC."""
+
+    __slots__ = ("code", "ended", "name", "started", "value")
+
+    def __init__(self, code: int, name: str, value: int, started: float, ended: float) -> None:
+        self.code = code
+        self.name = name
+        self.value = value
+        self.started = started
+        self.ended = ended
+
+    @property
+    def ok(self) -> bool:
+        return self.code == states.SUCCESS
+
+
+class Driver:
+    """Makes driver calls through a helper process. Thread-safe: calls from several threads run
+    in parallel. `python` is an interpreter that can import cffi; `library` a libcuda to load
+    instead of searching; `nvidia_command` stands in for calls that this libcuda lacks."""
+
+    def __init__(self, python: str, library: str = "", nvidia_command: str = "") -> None:
+        self._arguments = (python, library, nvidia_command)
+        self._guard = threading.Lock()
+        self._helper: _Helper | None = None
+
+    def library(self) -> Library:
+        """What the calls go to. Raises LibraryError where there is none."""
+        return self._current().wait_until_ready()
+
+    def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
+        """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
+        (argument: device map) or unlock. Returns within `timeout` seconds of the helper being up.
+
+        Raises CallAbandoned after that, HelperDied where the helper went away meanwhile,
+        LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an Answer."""
+        helper = self._current()
+        helper.wait_until_ready()
+        call = helper.send(action, pid, argument)
+        if call.came_back.wait(timeout):
+            if call.answer is None:
+                raise HelperDied(
+                    f"pid {pid}: the CUDA helper (pid {helper.pid}) was killed or crashed during "
+                    f"the driver's {action} call"
+                )
+            return call.answer
+        self._retire(helper, call)
+        raise CallAbandoned(
+            f"pid {pid}: the driver's {action} call did not come back within {timeout:.1f} s and "
+            f"was abandoned (CUDA helper pid {helper.pid})"
+        )
+
+    def close(self) -> None:
+        """Lets the helper go; calls under way fail with HelperDied. A later call starts anew."""
+        with self._guard:
+            helper, self._helper = self._helper, None
+        if helper is not None:
+            helper.kill()
+
+    def _current(self) -> _Helper:
+        with self._guard:
+            if self._helper is None or self._helper.gone:
+                self._helper = _Helper(*self._arguments)
+            return self._helper
+
+    def _retire(self, helper: _Helper, call: _Call) -> None:
+        """No further call goes to a helper with a hung one; others under way in it may end."""
+        with self._guard:
+            if self._helper is helper:
+                self._helper = None
+        helper.abandon(call)
+
+
+class _Call:
+    __slots__ = ("answer", "came_back")
+
+    def __init__(self) -> None:
+        self.came_back = threading.Event()
+        self.answer: Answer | None = None  # still None once it came back: the helper died
+
+
+class _Helper:
+    """One helper process, its socket, and the thread that reads its answers and reaps it."""
+
+    def __init__(self, python: str, library: str, nvidia_command: str) -> None:
+        self._guard = threading.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._last_number = 0
+        self._retired = False
+        self._ready = threading.Event()
+        self._library: Library | None = None
+        self._failure = ""
+        self.gone = False
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.pid = _spawn(python, [_ROOT, library, nvidia_command], theirs)
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            self._socket.close()
+            raise LibraryError(
+                f"the CUDA helper cannot be started with {python}: {error}"
+            ) from error
+        finally:
+            theirs.close()
+        threading.Thread(target=self._read, name="cuda-helper", daemon=True).start()
+
+    def wait_until_ready(self) -> Library:
+        if not self._ready.wait(START_SECONDS):
+            self.kill()
+            raise CallAbandoned(
+                f"the CUDA helper (pid {self.pid}) did not load libcuda "
+                f"within {START_SECONDS:.0f} s"
+            )
+        if self._library is None:
+            raise LibraryError(self._failure)
+        return self._library
+
+    def send(self, action: str, pid: int, argument: str) -> _Call:
+        call = _Call()
+        with self._guard:
+            self._last_number += 1
+            message = f"{self._last_number}\t{action}\t{pid}\t{argument}".encode()
+            try:
+                self._socket.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError as error:
+                raise HelperDied(
+                    f"pid {pid}: the CUDA helper (pid {self.pid}) is gone, the driver's {action} "
+                    f"call was not made: {error}"
+                ) from error
+            self._calls[self._last_number] = call
+        return call
+
+    def abandon(self, call: _Call) -> None:
+        with self._guard:
+            self._retired = True
+            self._calls = {number: c for number, c in self._calls.items() if c is not call}
+            done = not self._calls
+        if done:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, and our end of the socket shut so that the reader ends even where the process
+        cannot die yet. Never waits."""
+        import signal
+
+        with self._guard:
+            if self.gone:
+                return
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it went by itself
+
+    def _read(self) -> None:
+        try:
+            while message := self._socket.recv(_LARGEST_MESSAGE):
+                self._take(message.decode().split("\t"))
+        except OSError:
+            pass  # reset by a killed helper: the same as its end
+        self._end()
+
+    def _take(self, fields: list[str]) -> None:
+        if fields[0] == "ready":
+            _, path, version, missing = fields
+            self._library = Library(path, int(version), tuple(filter(None, missing.split(","))))
+            self._ready.set()
+        elif fields[0] == "failed":
+            self._failure = fields[1]
+        else:
+            number, code, name, value, started, ended = fields
+            with self._guard:
+                call = self._calls.pop(int(number), None)
+                done = self._retired and not self._calls
+            if call is not None:
+                call.answer = Answer(int(code), name, int(value), float(started), float(ended))
+                call.came_back.set()
+            if done:
+                self.kill()
+
+    def _end(self) -> None:
+        with self._guard:
+            self.gone = True
+            calls, self._calls = self._calls, {}
+            self._socket.close()
+            os.close(self._pidfd)
+        for call in calls.values():
+            call.came_back.set()
+        # A process that cannot die yet holds this thread only.
+        try:
+            _, status = os.waitpid(self.pid, 0)
+            ending = f"exit status {os.waitstatus_to_exitcode(status)}"
+        except ChildProcessError:  # somebody else reaped it
+            ending = "unknown exit status"
+        self._failure = self._failure or f"the CUDA helper ended while starting ({ending})"
+        self._ready.set()
+
+
+def _spawn(python: str, arguments: list[str], theirs: socket.socket) -> int:
+    devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return os.posix_spawn(
+            python,
+            [python, "-I", "-c", _PROGRAM, *arguments],
+            os.environ,
+            file_actions=[  # in this order: `devnull` may itself be 3
+                *((os.POSIX_SPAWN_DUP2, devnull, fd) for fd in (0, 1, 2)),
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3),
+            ],
+            setsid=True,  # a signal to the shim's group must not cut a driver call short
+        )
+    finally:
+        os.close(devnull)

@@ -1,0 +1,411 @@
+"""Takes a container's GPU away and gives it back: all its CUDA processes at once, or none.
+
+`suspend` before the freeze, `resume` after the thaw, `resume_restored` after a CRIU restore,
+`missed` while frozen. What a step asks of the driver it verifies by the driver's own word; a
+failure on the way is undone, and the error says what the driver says of each process afterwards.
+Never asks the driver about a process that stands still, never retries behind the caller's back,
+never waits without a deadline. Lean: runs in the shim.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from shim.cuda import discovery, states
+from shim.cuda.driver import Answer, Driver, Library
+from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
+from shim.cuda.suspension import Process, Suspension, from_candidate
+
+ANSWER_SECONDS = 10.0  # for a question about a process that runs (measured: 0.4 ms)
+GRACE_SECONDS = 3.0  # what a driver call may take past the timeout it was given itself
+GONE = "gone"  # the process exited, or runs another program by now
+FIRST_PLUGIN_CRIU = (4, 1, 0)  # the first that takes a locked process in a frozen cgroup
+
+TYPE_CHECKING = False  # the name type checkers know; the real one costs importing `typing`
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias, TypeVar
+
+    Pids: TypeAlias = Callable[[], list[int]]  # host pids of the container, as of now
+    _T = TypeVar("_T")
+    _R = TypeVar("_R")
+
+
+class _NoAnswer(CudaError):
+    """The driver's word on a process cannot be had."""
+
+
+class Policy:
+    """How to suspend. `engine`: "auto", "driver" or "plugin"; `lock_timeout`: seconds within which
+    every process must be locked; `copy_timeout`: seconds for device memory to reach the host, and
+    for it to go back; `plugin_dir`: where `cuda_plugin.so` lies; `criu_version`: asked only where
+    the plugin engine is considered, raises or returns e.g. (4, 1, 1)."""
+
+    __slots__ = ("copy_timeout", "criu_version", "engine", "lock_timeout", "plugin_dir")
+
+    def __init__(
+        self,
+        *,
+        engine: str,
+        lock_timeout: float,
+        copy_timeout: float,
+        plugin_dir: str,
+        criu_version: Callable[[], tuple[int, int, int]],
+    ) -> None:
+        self.engine = engine
+        self.lock_timeout = lock_timeout
+        self.copy_timeout = copy_timeout
+        self.plugin_dir = plugin_dir
+        self.criu_version = criu_version
+
+
+def choose(policy: Policy, library: Library) -> str:
+    """ "driver" or "plugin". Raises LibraryError that says why not."""
+    against_driver = (
+        f"{library.path} lacks {', '.join(library.missing)} (needs driver r570 or later)"
+        if library.missing
+        else ""
+    )
+    if policy.engine == "driver" or (policy.engine == "auto" and not against_driver):
+        if against_driver:
+            raise LibraryError(f"the driver engine cannot be used: {against_driver}")
+        return "driver"
+    against_plugin = _against_plugin(policy)
+    if not against_plugin:
+        return "plugin"
+    if policy.engine == "plugin":
+        raise LibraryError(f"the plugin engine cannot be used: {against_plugin}")
+    raise LibraryError(
+        f"no CUDA engine can be used. driver: {against_driver}. plugin: {against_plugin}"
+    )
+
+
+def _against_plugin(policy: Policy) -> str:
+    plugin = os.path.join(policy.plugin_dir, "cuda_plugin.so")
+    if not os.path.exists(plugin):
+        return f"{plugin} does not exist"
+    try:
+        version = policy.criu_version()
+    except Exception as error:
+        return f"the version of CRIU cannot be had: {error}"
+    if version < FIRST_PLUGIN_CRIU:
+        return f"CRIU is {'.'.join(map(str, version))}, the plugin engine needs 4.1 or later"
+    return ""
+
+
+def suspend(pids: Pids, driver: Driver, policy: Policy) -> Suspension:
+    """Locks all CUDA processes among `pids()`; with the driver engine also copies their device
+    memory to the host and lets go of the GPU.
+
+    `pids` is asked again until no new CUDA process shows up. Without any, nothing is started and
+    nothing asked. Raises CudaError after undoing everything: no process then is in another state
+    than it was found in, or the text says which is, as the driver itself reports."""
+    return _Suspend(pids, driver, policy).run()
+
+
+def resume(suspension: Suspension, driver: Driver, policy: Policy) -> None:
+    """Brings each process back to the state it was found in; may be called again.
+
+    Acts on what the driver says now, not on the record, so it also mends what a killed CRIU or
+    helper left behind. Processes that have died meanwhile are no error. Raises one CudaError for
+    all that did not come back, after every other did."""
+    errors, _ = _in_parallel(
+        suspension.processes, lambda p: _bring_back(p, p.before, driver, policy, "")
+    )
+    if errors:
+        raise CudaError(
+            "the GPU was not given back: " + "; ".join(map(str, errors)),
+            {process.pid: process.state for process in suspension.processes},
+        )
+
+
+def resume_restored(
+    pids: Pids,
+    expected: list[Process],
+    driver: Driver,
+    policy: Policy,
+    *,
+    engine: str,
+    device_map: str = "",
+) -> list[Process]:
+    """After a CRIU restore: finds the processes recorded at the dump by their pids inside the
+    container and gives them their GPU back ("plugin": checks that CRIU's plugin did). Returns them
+    with their new pids.
+
+    `device_map`: "GPU-old=GPU-new,..." for other GPUs than at the dump. They end up running
+    whatever state the dump found them in: whoever had locked them is not here. Raises CudaError
+    that names each which is not running."""
+    by_inner: dict[tuple[int, ...], discovery.Candidate] = {}
+    for pid in pids():
+        try:
+            found = discovery.identify(pid)
+        except (OSError, discovery.ProcessGone):
+            continue
+        by_inner[found.inner] = found
+    restored, absent = [], []
+    for record in expected:
+        twin = by_inner.get(record.inner)
+        if twin is None:
+            absent.append(
+                f"the process that was pid {record.pid} ({record.comm}), "
+                f"{record.inner[-1]} inside the container: not among the restored processes"
+            )
+            continue
+        process = from_candidate(twin)
+        process.before = record.before
+        restored.append(process)
+    errors, _ = _in_parallel(
+        restored,
+        lambda process: (
+            _verify(process, driver, states.RUNNING, "after the restore by CRIU's CUDA plugin")
+            if engine == "plugin"
+            else _bring_back(process, states.RUNNING, driver, policy, device_map)
+        ),
+    )
+    failures = absent + [str(error) for error in errors]
+    if failures:
+        raise CudaError(
+            "the GPU did not come back after the restore: " + "; ".join(failures),
+            {process.pid: process.state for process in restored},
+        )
+    return restored
+
+
+def missed(suspension: Suspension, pids: list[int]) -> list[discovery.Candidate]:
+    """Processes that may have got CUDA after `suspend` looked: those not in it that hold an NVIDIA
+    device open, and did not when it looked. Reads /proc only: for frozen containers."""
+    known = {(process.pid, process.start_time) for process in suspension.processes}
+    known |= {(pid, start_time) for pid, start_time, devices in suspension.idle if devices}
+    return [c for c in discovery.candidates(pids) if c.devices and c.key not in known]
+
+
+class _Suspend:
+    """One run of `suspend`: what it has touched so far, to undo exactly that."""
+
+    def __init__(self, pids: Pids, driver: Driver, policy: Policy) -> None:
+        self.pids = pids
+        self.driver = driver
+        self.policy = policy
+        self.began = time.monotonic()
+        self.suspension = Suspension()
+
+    def run(self) -> Suspension:
+        try:
+            self.lock_until_quiet()
+            if self.suspension.engine == "driver":
+                self.copy_until_quiet()
+        except Exception as error:
+            raise self.undone(error) from error
+        self.suspension.processes = [p for p in self.suspension.processes if p.state != GONE]
+        self.suspension.seconds = time.monotonic() - self.began
+        return self.suspension
+
+    def lock_until_quiet(self) -> None:
+        """Rounds of look and lock, until a round finds no process that has got CUDA since."""
+        deadline = time.monotonic() + self.policy.lock_timeout
+        while True:
+            known = {(process.pid, process.start_time) for process in self.suspension.processes}
+            fresh = [c for c in discovery.candidates(self.pids()) if c.key not in known]
+            self.suspension.idle = [(*c.key, c.devices) for c in fresh]
+            if not fresh or not self.engine_for(fresh):
+                return
+            errors, locked = _in_parallel(fresh, lambda c: self.lock(c, deadline))
+            if errors:
+                raise CudaError("; ".join(map(str, errors)))
+            if not any(locked):
+                return
+            if time.monotonic() > deadline:
+                raise CudaError(
+                    f"new CUDA processes kept appearing for {self.policy.lock_timeout:.0f} s"
+                )
+
+    def engine_for(self, fresh: list[discovery.Candidate]) -> bool:
+        """Settles which engine to use; False where there can be no CUDA process: a library that
+        is mapped (images bring their own) on a node without driver and device."""
+        if self.suspension.engine != "none":
+            return True
+        try:
+            library = self.driver.library()
+        except LibraryError:
+            if any(candidate.devices for candidate in fresh):
+                raise
+            return False
+        self.suspension.engine = choose(self.policy, library)
+        self.suspension.library = library.path
+        self.suspension.cuda_version = library.cuda_version
+        return True
+
+    def lock(self, candidate: discovery.Candidate, deadline: float) -> bool:
+        """Whether it has CUDA; then it is locked now."""
+        process = from_candidate(candidate)
+        try:
+            process.before = process.state = _ask(process, self.driver)
+            if not process.before:
+                return False
+            tid = self.driver.call("restore_tid", process.pid, timeout=ANSWER_SECONDS)
+            process.restore_tid = tid.value if tid.ok else 0
+            self.suspension.processes.append(process)  # from here on it is ours to undo
+            if process.before == states.FAILED:
+                raise CudaError(
+                    f"{process}: CUDA is in state failed, from which the driver knows no way back"
+                )
+            if process.before == states.RUNNING:
+                left = max(deadline - time.monotonic(), 0.001)
+                answer = self.driver.call(
+                    "lock",
+                    process.pid,
+                    timeout=left + GRACE_SECONDS,
+                    argument=str(max(int(left * 1000), 1)),
+                )
+                self.step(process, "lock", answer)
+                if not answer.ok:
+                    raise CudaError(
+                        f"{process}: not locked within {self.policy.lock_timeout:.0f} s: "
+                        f"{_reason(answer)}"
+                    )
+                _verify(process, self.driver, states.LOCKED, "after its lock was granted")
+        except CudaError:
+            if discovery.alive(process.pid, process.start_time):
+                raise
+            process.state = GONE
+        return process.state != GONE
+
+    def copy_until_quiet(self) -> None:
+        """Copies what is locked, and what has got CUDA while that was copied."""
+        deadline = time.monotonic() + self.policy.copy_timeout
+        while locked := [p for p in self.suspension.processes if p.state == states.LOCKED]:
+            if time.monotonic() > deadline:
+                raise CudaError(
+                    f"new CUDA processes kept appearing for {self.policy.copy_timeout:.0f} s"
+                )
+            errors, _ = _in_parallel(locked, self.copy)
+            if errors:
+                raise CudaError("; ".join(map(str, errors)))
+            self.lock_until_quiet()
+
+    def copy(self, process: Process) -> None:
+        try:
+            before = discovery.anonymous_memory(process.pid)
+            answer = self.driver.call("checkpoint", process.pid, timeout=self.policy.copy_timeout)
+            self.step(process, "checkpoint", answer)
+            if not answer.ok:
+                raise CudaError(
+                    f"{process}: device memory was not copied to the host: {_reason(answer)}"
+                )
+            _verify(process, self.driver, states.CHECKPOINTED, "after the copy")
+            new = discovery.appeared(before, discovery.anonymous_memory(process.pid))
+        except (CudaError, OSError):
+            if discovery.alive(process.pid, process.start_time):
+                raise
+            process.state = GONE
+            return
+        if new:
+            process.region = new[0]
+            process.device_bytes = new[0][1] - new[0][0]
+        else:
+            process.note = "the driver reports a copy, but no memory appeared in the process"
+
+    def step(self, process: Process, name: str, answer: Answer) -> None:
+        process.steps[name] = {
+            "at": answer.started - self.began,
+            "seconds": answer.ended - answer.started,
+        }
+
+    def undone(self, error: Exception) -> CudaError:
+        """Puts everything back and tells what became of it."""
+        touched = self.suspension.processes[::-1]
+        errors, _ = _in_parallel(
+            touched, lambda p: _bring_back(p, p.before, self.driver, self.policy, "")
+        )
+        text = f"the GPU could not be suspended: {error}"
+        if touched:
+            text += ". Undone, by the driver's word: " + ", ".join(
+                f"{process} {process.state}" for process in touched
+            )
+        if errors:
+            text += ". Not undone: " + "; ".join(map(str, errors))
+        late = [p for p in touched if p.state == p.before == states.RUNNING and not p.steps]
+        if late:
+            text += (
+                ". A lock that was asked for and given up may yet be granted; if so, free it by "
+                + ", ".join(f"`cuda-checkpoint --action unlock --pid {p.pid}`" for p in late)
+            )
+        return CudaError(text, {process.pid: process.state for process in touched})
+
+
+def _bring_back(
+    process: Process, target: str, driver: Driver, policy: Policy, device_map: str
+) -> None:
+    """From whatever state the driver reports to `target`. Leaves in `process.state` what the
+    driver said last, GONE, or "unknown: <why>"."""
+    try:
+        process.state = _ask(process, driver) or GONE
+        if process.state == states.CHECKPOINTED != target:
+            _act("restore", process, driver, policy.copy_timeout, device_map)
+        if process.state == states.LOCKED and target == states.RUNNING:
+            _act("unlock", process, driver, ANSWER_SECONDS)
+        if process.state not in (target, GONE):
+            raise CudaError(f"{process}: is {process.state}, should be {target}")
+    except CudaError as error:
+        if not discovery.alive(process.pid, process.start_time):
+            process.state = GONE
+            return
+        if isinstance(error, _NoAnswer | CallAbandoned | HelperDied):
+            process.state = f"unknown: {error}"
+        raise
+
+
+def _act(action: str, process: Process, driver: Driver, timeout: float, argument: str = "") -> None:
+    """One step back, and the driver's word on where that led."""
+    began = time.monotonic()
+    answer = driver.call(action, process.pid, timeout=timeout, argument=argument)
+    process.steps[action] = {"at": 0.0, "seconds": time.monotonic() - began}
+    process.state = _ask(process, driver) or GONE
+    if not answer.ok and process.state != GONE:
+        raise CudaError(f"{process}: {action} failed: {_reason(answer)}; it is {process.state}")
+
+
+def _ask(process: Process, driver: Driver) -> str:
+    """The state by the driver's word; "" where the process has no CUDA."""
+    why = discovery.standstill(process.pid)
+    if why:
+        raise _NoAnswer(f"{process} cannot answer the driver: it is {why}")
+    answer = driver.call("state", process.pid, timeout=ANSWER_SECONDS)
+    if answer.ok:
+        return states.word(answer.value)
+    if answer.code == states.NOT_INITIALIZED:
+        return ""
+    raise _NoAnswer(f"{process}: the driver did not say its state: {_reason(answer)}")
+
+
+def _verify(process: Process, driver: Driver, wanted: str, when: str) -> None:
+    process.state = _ask(process, driver)
+    if process.state != wanted:
+        raise CudaError(f"{process}: {process.state or 'without CUDA'} {when}, not {wanted}")
+
+
+def _reason(answer: Answer) -> str:
+    if answer.code == states.NOT_READY:
+        return f"work in flight did not end ({answer.name})"
+    return f"{answer.name} ({answer.code})"
+
+
+def _in_parallel(items: Sequence[_T], work: Callable[[_T], _R]) -> tuple[list[Exception], list[_R]]:
+    """Does `work` on all items at the same time; the errors and the results, in no order."""
+    errors: list[Exception] = []
+    results: list[_R] = []
+
+    def one(item: _T) -> None:
+        try:
+            results.append(work(item))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(item,), daemon=True) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()  # ends: every call in `work` has a deadline
+    return errors, results

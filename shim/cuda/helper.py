@@ -1,0 +1,85 @@
+"""The helper process: makes driver calls for the shim, each on a thread of its own.
+
+A driver call about a process that cannot answer never returns. Here that costs one thread of a
+process that can be killed; in the shim it would cost the pod. Talks over a SEQPACKET socket, one
+message a packet, fields separated by tabs, times in seconds of CLOCK_MONOTONIC:
+
+    helper: ready <backend> <CUDA version> <missing calls, comma-separated>   or   failed <why>
+    shim:   <id> <action> <pid> <argument>
+    helper: <id> <CUresult> <its name, or why> <value> <started> <ended>
+
+Leaves at once when the shim closes the socket, whatever is under way. Never started by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+from shim.cuda import states
+from shim.cuda.errors import LibraryError
+from shim.cuda.libcuda import LibCuda
+from shim.cuda.nvidia_command import NvidiaCommand
+
+LARGEST_MESSAGE = 65536
+
+
+def main(library: str, nvidia_command: str) -> None:
+    """Serves the socket on fd 3 until it is closed."""
+    peer = socket.socket(fileno=3)
+    try:
+        cuda = LibCuda(library)
+    except (LibraryError, OSError) as error:
+        peer.send(_line("failed", error))
+        return
+    backend: LibCuda | NvidiaCommand = cuda
+    if cuda.missing and nvidia_command:
+        backend = NvidiaCommand(nvidia_command)
+    peer.send(_line("ready", backend.path, cuda.cuda_version, ",".join(cuda.missing)))
+
+    while request := peer.recv(LARGEST_MESSAGE):
+        threading.Thread(target=_answer, args=(peer, cuda, backend, request), daemon=True).start()
+    os._exit(0)  # not sys.exit: a thread that hangs in the driver must not keep us
+
+
+def _answer(
+    peer: socket.socket, cuda: LibCuda, backend: LibCuda | NvidiaCommand, request: bytes
+) -> None:
+    number, action, pid, argument = request.decode().split("\t")
+    started = time.monotonic()
+    try:
+        code, value = _perform(backend, action, int(pid), argument)
+        name = cuda.error_name(code)
+    except Exception as error:  # a call must be answered, or the shim waits for its deadline
+        code, value, name = states.UNKNOWN, 0, f"{error}"
+    ended = time.monotonic()
+    try:
+        peer.send(_line(number, code, name, value, started, ended))
+    except OSError:
+        os._exit(0)  # the shim is gone
+
+
+def _perform(
+    backend: LibCuda | NvidiaCommand, action: str, pid: int, argument: str
+) -> tuple[int, int]:
+    match action:
+        case "state":
+            return backend.state(pid)
+        case "restore_tid":
+            return backend.restore_tid(pid)
+        case "lock":
+            return backend.lock(pid, int(argument))
+        case "checkpoint":
+            return backend.checkpoint(pid)
+        case "restore":
+            return backend.restore(pid, argument)
+        case "unlock":
+            return backend.unlock(pid)
+        case _:
+            raise LibraryError(f"no such action: {action!r}")
+
+
+def _line(*fields: object) -> bytes:
+    return "\t".join(" ".join(str(field).split()) for field in fields).encode()
