@@ -50,7 +50,7 @@ class RunState:
 
     `directory` is the folder of state.json; pids are in the pid namespace runc ran in;
     `init_process_start` is field 22 of /proc/PID/stat (clock ticks since boot);
-    `cgroup_paths` maps a v1 controller to its absolute directory, or "" to the v2 one;
+    `cgroup_paths` maps a v1 controller to its absolute directory, and "" to the v2 one;
     `external_descriptors` are the init's stdin, stdout and stderr as they were at create
     ("pipe:[123]", "/dev/null"), None where runc recorded none; `labels` are the annotations
     runc kept, as a dict.
@@ -105,13 +105,14 @@ class RunState:
 
     @property
     def unified(self) -> bool:
-        """True on a pure cgroup v2 node (runc then records one path under the key "")."""
-        return "" in self.cgroup_paths
+        """True on a pure cgroup v2 node. On a hybrid one runc records the v2 directory too,
+        under the same key "", beside those of the v1 controllers."""
+        return set(self.cgroup_paths) == {""}
 
     @property
     def freezer_path(self) -> str | None:
         """The cgroup directory whose freezer holds the container, or None."""
-        return self.cgroup_paths.get("") or self.cgroup_paths.get("freezer")
+        return self.cgroup_paths.get("" if self.unified else "freezer")
 
     def has_namespace(self, type_: str) -> bool:
         return any(ns.type == type_ for ns in self.namespaces)

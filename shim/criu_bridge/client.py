@@ -203,7 +203,7 @@ class _Conversation:
             return True
         try:
             consent = self._on_notify(name)
-        except Exception as err:
+        except Exception as err:  # noqa: BLE001 (CRIU waits: whatever went wrong is a no)
             self.callback_error = err
             consent = False
         if not consent:

@@ -39,7 +39,13 @@ class CriuError(Exception):
 
 # A CRIU log line is "(seconds.micros) [pid: ]Error (file.c:line): text"; the first lines of a
 # process that could not read its options lack the time.
-_ERROR = re.compile(r"^(?:\(\d+\.\d+\)\s+)?(?:pie: )?(?:\d+: )?(Error \([^)]*\): .*)$", re.MULTILINE)
+_ERROR = re.compile(
+    r"^(?:\(\d+\.\d+\)\s+)?(?:pie: )?(?:\d+: )?(Error \([^)]*\): .*)$", re.MULTILINE
+)
+
+# Lines that CRIU calls errors and goes on after: util.c tries for more descriptors than a
+# process without CAP_SYS_RESOURCE may have.
+_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE")
 
 # The part of a log that is read: errors come at the end, yet the first of them may precede
 # megabytes of clean-up lines.
@@ -59,8 +65,9 @@ def read_log(path: str) -> str:
 
 
 def error_lines(log_text: str) -> list[str]:
-    """Every error line of a log, without its time and pid."""
-    return [match.group(1).rstrip() for match in _ERROR.finditer(log_text)]
+    """Every error line of a log, without its time and pid, but for those known as harmless."""
+    lines = [match.group(1).rstrip() for match in _ERROR.finditer(log_text)]
+    return [line for line in lines if not _HARMLESS.search(line)]
 
 
 def first_error(log_text: str) -> str | None:
@@ -79,8 +86,10 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     # plugins/cuda/cuda_plugin.c
     (
         r"PAUSE_DEVICES failed",
-        "the CUDA driver did not grant the lock in time: work was still in flight on the GPU, or "
-        "the process was frozen and could not answer; raise the lock timeout",
+        (
+            "the CUDA driver did not grant the lock in time: work was still in flight on the GPU, or "
+            "the process was frozen and could not answer; raise the lock timeout"
+        ),
     ),
     (
         r"cuda_plugin: ",
@@ -89,14 +98,18 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     # criu/image.c
     (
         r"Missing required plugin",
-        "the images were made with a CRIU plugin that is not loaded here: point libdir (or "
-        "CRIU_LIBS_DIR) at the directory that holds it",
+        (
+            "the images were made with a CRIU plugin that is not loaded here: point libdir (or "
+            "CRIU_LIBS_DIR) at the directory that holds it"
+        ),
     ),
     # criu/files.c; 195 is the character major registered for NVIDIA
     (
         r"/dev/nvidia|\(chr 195:\d+\)",
-        "a process still holds the GPU's device files: its CUDA state was not suspended before "
-        "the dump (or it uses the GPU without CUDA, which cannot be checkpointed)",
+        (
+            "a process still holds the GPU's device files: its CUDA state was not suspended before "
+            "the dump (or it uses the GPU without CUDA, which cannot be checkpointed)"
+        ),
     ),
     (
         r"io_uring",
@@ -104,8 +117,10 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"of that type \[20\d+\] \(chr \d+:\d+\)|Can't handle non-regular mapping",
-        "a process holds a device file that CRIU cannot dump (nvidia-uvm also looks like this: "
-        "then its CUDA state was not suspended before the dump)",
+        (
+            "a process holds a device file that CRIU cannot dump (nvidia-uvm also looks like this: "
+            "then its CUDA state was not suspended before the dump)"
+        ),
     ),
     # criu/sk-inet.c
     (
@@ -119,13 +134,17 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     # criu/sk-unix.c
     (
         r"External socket (?:is used|found in image)",
-        "a unix socket has its other end outside the container: allow it with the option "
-        "ext_unix_sk",
+        (
+            "a unix socket has its other end outside the container: allow it with the option "
+            "ext_unix_sk"
+        ),
     ),
     (
         r"Can't dump half of stream unix connection",
-        "a unix stream socket is connected to a process outside the container, which no option "
-        "allows: the application must close it first",
+        (
+            "a unix stream socket is connected to a process outside the container, which no option "
+            "allows: the application must close it first"
+        ),
     ),
     # criu/file-lock.c
     (
@@ -140,8 +159,10 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     # criu/mount.c
     (
         r"doesn't have a proper root mount|FS mnt .* unsupported id",
-        "a mount of the container comes from outside its root file system and was not declared "
-        "as external",
+        (
+            "a mount of the container comes from outside its root file system and was not declared "
+            "as external"
+        ),
     ),
     (
         r"No mapping for .* mountpoint",

@@ -85,9 +85,7 @@ def hook_mounts(pid: int, proc: str = "/proc") -> list[HookMount]:
         for mount in mounts
         if mount.point != "/"
         and mount.device not in whole
-        and not any(
-            mount.device == root.device and _below(mount.root, root.root) for root in roots
-        )
+        and not any(mount.device == root.device and _below(mount.root, root.root) for root in roots)
     ]
 
 

@@ -103,7 +103,7 @@ def dump_options(state: RunState, options: DumpOptions) -> rpc.CriuOpts:
     """The options of a DUMP request, but for the directories. Raises RequestError."""
     for name in options.empty_namespaces:
         if name != "network":
-            raise RequestError(f"empty namespace {name!r}: only \"network\" can be left empty")
+            raise RequestError(f'empty namespace {name!r}: only "network" can be left empty')
     if options.cgroups_mode not in _CGROUP_MODES:
         raise RequestError(
             f"cgroups mode {options.cgroups_mode!r}: expected soft, full, strict or ignore"

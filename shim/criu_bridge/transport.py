@@ -14,6 +14,10 @@ import socket
 import struct
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
 # Answers are small, but cr_errmsg has no limit of its own.
 _MESSAGE = 1 << 20
 
@@ -222,7 +226,7 @@ class Connection:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
