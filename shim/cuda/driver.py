@@ -25,8 +25,8 @@ _LARGEST_MESSAGE = 65536
 
 
 class Library:
-    """What the helper found: `path` of libcuda (or of NVIDIA's command, where that stands in),
-    `cuda_version` e.g. 13000, `missing` checkpoint calls of this libcuda."""
+    """What the helper found: `path` of libcuda, its `cuda_version` e.g. 13000, and which of the
+    checkpoint calls are `missing` in it."""
 
     __slots__ = ("cuda_version", "missing", "path")
 

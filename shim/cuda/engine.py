@@ -198,7 +198,8 @@ class _Suspend:
                 self.copy_until_quiet()
         except Exception as error:
             raise self.undone(error) from error
-        self.suspension.processes = [p for p in self.suspension.processes if p.state != GONE]
+        left = [p for p in self.suspension.processes if p.state != GONE]
+        self.suspension.processes = sorted(left, key=lambda process: process.pid)
         self.suspension.seconds = time.monotonic() - self.began
         return self.suspension
 

@@ -4,7 +4,7 @@ A driver call about a process that cannot answer never returns. Here that costs 
 process that can be killed; in the shim it would cost the pod. Talks over a SEQPACKET socket, one
 message a packet, fields separated by tabs, times in seconds of CLOCK_MONOTONIC:
 
-    helper: ready <backend> <CUDA version> <missing calls, comma-separated>   or   failed <why>
+    helper: ready <libcuda> <CUDA version> <missing calls, comma-separated>   or   failed <why>
     shim:   <id> <action> <pid> <argument>
     helper: <id> <CUresult> <its name, or why> <value> <started> <ended>
 
@@ -37,7 +37,7 @@ def main(library: str, nvidia_command: str) -> None:
     backend: LibCuda | NvidiaCommand = cuda
     if cuda.missing and nvidia_command:
         backend = NvidiaCommand(nvidia_command)
-    peer.send(_line("ready", backend.path, cuda.cuda_version, ",".join(cuda.missing)))
+    peer.send(_line("ready", cuda.path, cuda.cuda_version, ",".join(cuda.missing)))
 
     while request := peer.recv(LARGEST_MESSAGE):
         threading.Thread(target=_answer, args=(peer, cuda, backend, request), daemon=True).start()
