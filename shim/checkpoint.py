@@ -1,0 +1,262 @@
+"""The life of a Checkpoint call, top to bottom.
+
+    Pause       suspend the GPU (lock; copy device memory to the host), then freeze
+    Checkpoint  dump a GPU-free, frozen container through CRIU's RPC
+    Resume      thaw, then give the GPU back (restore, unlock)
+
+The order is the whole point: a frozen process cannot answer the CUDA driver, so every driver
+call is made while the container runs. A Checkpoint without a Pause before it does all three. Each
+function here leaves the container as it found it when it fails, and says so if it could not.
+All of them are called with the container's lock held.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+
+from shim import bundle, checkpoint_dir, gpu, log, messages, options, places
+from shim.criu_bridge import client, request
+from shim.criu_bridge.errors import CriuError
+from shim.criu_bridge.transport import Service, Swrk
+from shim.cuda import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.container import Container
+    from shim.criu_bridge.rpc import CriuOpts
+
+_ROUNDS = 3
+"""How often a process that takes up CUDA between suspend and freeze makes us begin again."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that was refused or failed; the message says what state the container is in."""
+
+
+def pause(container: Container, connection: int) -> None:
+    """Gives the container's GPU back to the node and freezes it, in this order.
+
+    A container without CUDA processes is only frozen. Raises CudaError, or the inner shim's
+    StatusError, with the container running and its GPU its own.
+    """
+    if container.suspension is None:
+        _suspend_and_freeze(container)
+    else:
+        container.ask("Pause")  # the stock words for a container that is paused already
+    container.paused_by, container.orphanable = connection, False
+
+
+def checkpoint(
+    container: Container, request: messages.CheckpointTaskRequest, connection: int
+) -> None:
+    """Dumps the container into the image directory the client named; ends it afterwards if the
+    client asked for that (`exit`), else leaves it paused if it was, running if it ran.
+
+    Raises CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
+    """
+    wanted = options.checkpoint_options(request.options)
+    target = wanted.image_path or request.path
+    if not target:
+        raise CheckpointError(f"container {container.id}: the client named no image directory")
+    draft = checkpoint_dir.Draft.begin(target)
+    try:
+        was_paused = container.status() == messages.PAUSED
+        if not was_paused:
+            _suspend_and_freeze(container)
+        container.paused_by, container.orphanable = connection, True
+        try:
+            _dump(container, draft, wanted)
+        except Exception as failure:
+            if was_paused:
+                raise  # paused it still is, and the client's Resume is to come
+            raise CheckpointError(f"{failure}; {_undo(container)}") from failure
+        if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
+            container.forget_pause()
+        elif not was_paused:
+            resume(container)
+    finally:
+        draft.discard()
+
+
+def resume(container: Container) -> None:
+    """Thaws the container, then gives its GPU back and checks that every CUDA process runs.
+
+    Can be called again after a failure: what is done already is not done twice. Raises
+    CudaError or the inner shim's StatusError.
+    """
+    if container.suspension is None or container.status() == messages.PAUSED:
+        container.ask("Resume")
+    if container.suspension is not None:
+        gpu.resume(container, container.suspension)
+    container.forget_pause()
+
+
+def abandon(container: Container) -> None:
+    """Resumes a container whose client vanished between Checkpoint and Resume (containerd was
+    restarted, say): without this it would stand frozen for ever."""
+    with container.lock:
+        if container.paused_by is None:
+            return  # its Checkpoint ended it, or undid itself
+        try:
+            resume(container)
+        except Exception as error:
+            log.error(
+                "the client of a checkpoint has gone and its container could not be resumed",
+                id=container.id,
+                error=error,
+            )
+        else:
+            log.warning(
+                "the client of a checkpoint has gone; its container runs on", id=container.id
+            )
+
+
+def _suspend_and_freeze(container: Container) -> None:
+    """Locks and copies the CUDA processes, freezes the container, and looks once more: a process
+    that took up CUDA in between would be dumped with the GPU attached."""
+    for _ in range(_ROUNDS):
+        suspension = gpu.suspend(container)
+        try:
+            container.ask("Pause")
+        except BaseException:
+            if suspension is not None:
+                gpu.resume(container, suspension)
+            raise
+        late = gpu.missed(container, suspension)
+        if not late:
+            container.suspension = suspension
+            return
+        log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
+        container.ask("Resume")
+        if suspension is not None:
+            gpu.resume(container, suspension)
+    raise CheckpointError(
+        f"container {container.id}: in each of {_ROUNDS} attempts a new CUDA process appeared "
+        "between suspending the GPU and freezing; the container runs on unchanged. Try again "
+        "when it is not starting processes."
+    )
+
+
+def _dump(
+    container: Container, draft: checkpoint_dir.Draft, wanted: messages.CheckpointOptions
+) -> None:
+    """Has CRIU dump the frozen container into the draft, and publishes the draft when all images
+    are written but CRIU has not let go yet: a checkpoint that cannot be completed is known to
+    fail while there still is a container to go on with."""
+    settings = container.config
+    state = container.runc_state()
+    plugin = container.suspension is not None and container.suspension.engine == "plugin"
+    work = wanted.work_path or os.path.join(bundle.work_directory(container.bundle), "criu-work")
+    os.makedirs(work, mode=0o700, exist_ok=True)
+    opts = request.dump_options(
+        state,
+        request.DumpOptions(
+            leave_running=not wanted.exit,
+            tcp_established=wanted.open_tcp or settings.tcp == "established",
+            tcp_close=settings.tcp == "close",
+            ext_unix_sk=wanted.external_unix_sockets or settings.ext_unix_sockets,
+            terminal=wanted.terminal or container.terminal,
+            file_locks=wanted.file_locks or settings.file_locks,
+            empty_namespaces=tuple(wanted.empty_namespaces),
+            cgroups_mode=wanted.cgroups_mode,
+            link_remap=settings.link_remap,
+            ghost_limit=settings.ghost_limit,
+            timeout=math.ceil(settings.lock_timeout + settings.dump_timeout),
+        ),
+    )
+    request.write_descriptors(state, draft.path)
+    criu = _criu(container, plugin)
+    version = ".".join(map(str, client.version(criu)))
+    began = time.monotonic()
+
+    def notified(script: str) -> bool:
+        if script == "post-dump":
+            manifest = _manifest(container, opts, version)
+            manifest.phases["dump"] = round(time.monotonic() - began, 6)
+            draft.publish(manifest)
+        return True
+
+    try:
+        result = client.dump(
+            criu, opts, draft.path, work, on_notify=notified, deadline_s=settings.dump_timeout
+        )
+    except CriuError as error:
+        raise CheckpointError(_explained(container, error)) from error
+    log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
+
+
+def _criu(container: Container, plugin: bool) -> Swrk | Service:
+    """How to reach CRIU, and in what environment: with its CUDA plugin and our `cuda-checkpoint`
+    where the plugin is to copy the device memory, with no plugin at all where that is done."""
+    settings = container.config
+    if settings.criu_service:
+        return Service(settings.criu_service)
+    environment = dict(os.environ)
+    if container.suspension is None or not plugin:
+        environment["CRIU_LIBS_DIR"] = places.NO_PLUGINS
+        return Swrk(settings.criu, environment)
+    answers = os.path.join(container.bundle, "cuda-record.json")
+    record.write(
+        answers,
+        container.suspension,
+        nvidia_command=settings.cuda_checkpoint or "",
+        timeout=settings.dump_timeout,
+    )
+    environment[record.VARIABLE] = answers
+    environment["CRIU_LIBS_DIR"] = gpu.plugin_directory(settings)
+    environment["PATH"] = f"{places.commands()}:{environment.get('PATH', os.defpath)}"
+    return Swrk(settings.criu, environment)
+
+
+def _manifest(container: Container, opts: CriuOpts, criu: str) -> checkpoint_dir.Manifest:
+    suspension = container.suspension
+    notes = bundle.annotations_of(bundle.read_spec(container.bundle))
+    system = os.uname()
+    return checkpoint_dir.Manifest(
+        container_id=container.id,
+        namespace=container.namespace,
+        image=notes.get("io.kubernetes.cri.image-name", ""),
+        runtime="containerd-shim-grit-v1",
+        engine=suspension.engine if suspension else "none",
+        driver_version=gpu.driver_version() if suspension else None,
+        gpus=gpu.installed() if suspension else [],
+        criu_version=criu,
+        kernel=system.release,
+        hostname=system.nodename,
+        options={
+            "tcp_established": bool(opts.tcp_established),
+            "ext_unix_sockets": bool(opts.ext_unix_sk),
+            "file_locks": bool(opts.file_locks),
+            "terminal": bool(opts.shell_job),
+        },
+        cuda_processes=[process.to_dict() for process in suspension.processes]
+        if suspension
+        else [],
+        phases={"suspend": round(suspension.seconds, 6)} if suspension else {},
+    )
+
+
+def _undo(container: Container) -> str:
+    """Resumes a container that only this Checkpoint had paused; says how that went."""
+    try:
+        resume(container)
+    except Exception as error:
+        return f"the container could not be resumed: {error}"
+    return "the container runs on" + (" with its GPU" if container.suspension else "")
+
+
+def _explained(container: Container, error: CriuError) -> str:
+    """The error for the client in the stock shim's form, first line and the log's path, with
+    the log kept where the stock shim keeps it (1.6 pkg/process/init.go)."""
+    text = f"container {container.id}: {error}"
+    if error.log_path:
+        kept = os.path.join(container.bundle, "criu-dump.log")
+        try:
+            shutil.copyfile(error.log_path, kept)
+        except OSError as problem:
+            return f"{text} (its log could not be kept: {problem.strerror})"
+        text += f" path= {kept}"
+    return text

@@ -1,0 +1,103 @@
+"""A container as the intercepted calls know it: where its bundle is, which options it runs
+under, how to ask the inner shim about it, and what has been done to it that must be undone.
+
+Policy lives in checkpoint.py and restore.py; this file only holds state and answers questions.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from shim import cgroup, messages, runcstate
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.config import GritOptions
+    from shim.cuda.suspension import Suspension
+    from shim.protowire import Message
+    from shim.restore import Restore
+    from shim.ttrpc import Client
+
+
+class Container:
+    """One task of the group. `lock` is held by whichever of Pause, Checkpoint, Resume and Start
+    is at work on it; State, Pids and Kill never take it."""
+
+    __slots__ = (
+        "_freezer",
+        "_inner",
+        "bundle",
+        "config",
+        "id",
+        "lock",
+        "namespace",
+        "orphanable",
+        "paused_by",
+        "restore",
+        "runc",
+        "service",
+        "suspension",
+        "terminal",
+    )
+
+    def __init__(
+        self,
+        inner: Client,
+        service: str,
+        namespace: str,
+        request: messages.CreateTaskRequest,
+        runc: messages.RuncOptions,
+        config: GritOptions,
+    ) -> None:
+        self._inner = inner
+        self._freezer = ""
+        self.service = service
+        self.namespace = namespace
+        self.id = request.id
+        self.bundle = request.bundle
+        self.terminal = request.terminal
+        self.runc = runc
+        self.config = config
+        self.lock = threading.Lock()
+        self.suspension: Suspension | None = None
+        """The GPU as given back to the node; None while the container has it, or has none."""
+        self.paused_by: int | None = None
+        """The connection whose Pause has not met its Resume."""
+        self.orphanable = False
+        """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
+        self.restore: Restore | None = None
+        """What Start has to bring back; None for a container that starts as any other."""
+
+    def ask(self, method: str, request: Message | None = None) -> bytes:
+        """One call to the inner shim about this task. Raises ttrpc.StatusError with the inner's
+        words, ttrpc.ConnectionClosed if it has died."""
+        message = request if request is not None else messages.TaskRequest(id=self.id)
+        return self._inner.call(self.service, method, message.encode())
+
+    def status(self) -> int:
+        """The task's status as the inner shim sees it (messages.RUNNING, PAUSED, ...)."""
+        return messages.StateResponse.decode(
+            self.ask("State", messages.ExecRequest(id=self.id))
+        ).status
+
+    def kill(self) -> None:
+        self.ask("Kill", messages.KillRequest(id=self.id, signal=9, all=True))
+
+    def runc_state(self) -> runcstate.RunState:
+        """runc's record of the container. Raises runcstate.StateError before its start."""
+        return runcstate.load(self.runc.root or runcstate.DEFAULT_ROOT, self.namespace, self.id)
+
+    def freezer(self) -> str:
+        """The directory of the control group that Pause freezes; "" if runc recorded none."""
+        if not self._freezer:
+            self._freezer = self.runc_state().freezer_path or ""
+        return self._freezer
+
+    def pids(self) -> list[int]:
+        """Every process of the container, execs and nested pid namespaces included."""
+        return cgroup.processes(self.freezer())
+
+    def forget_pause(self) -> None:
+        """The Pause has met its end: a Resume, or the end of all processes."""
+        self.suspension = self.paused_by = None
+        self.orphanable = False

@@ -1,0 +1,135 @@
+"""A container's GPU under this node's settings: the `cuda` package with grit.toml applied.
+
+For a container that has no CUDA process, nothing of `cuda`'s engine is imported and no helper
+process started.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+from shim import log, places
+from shim.cuda import discovery
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shim.config import GritOptions
+    from shim.container import Container
+    from shim.cuda.driver import Driver
+    from shim.cuda.engine import Policy
+    from shim.cuda.suspension import Process, Suspension
+
+PLUGIN_DIRECTORY = "/usr/lib/criu"
+"""Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
+
+
+def suspend(container: Container) -> Suspension | None:
+    """Takes the GPU from all CUDA processes of a running container, or from none; None if it
+    has none. Raises CudaError with every process as it was found, or saying which is not."""
+    if not discovery.candidates(container.pids()):
+        return None
+    from shim.cuda import engine
+
+    with _driver(container.config) as driver:
+        suspension = engine.suspend(container.pids, driver, policy(container.config))
+    if not suspension:
+        return None
+    log.info(
+        "GPU suspended",
+        id=container.id,
+        engine=suspension.engine,
+        processes=len(suspension.processes),
+        bytes=sum(process.device_bytes for process in suspension.processes),
+        seconds=round(suspension.seconds, 3),
+    )
+    return suspension
+
+
+def resume(container: Container, suspension: Suspension) -> None:
+    """Gives the GPU back to a thawed container and checks that each process has it.
+
+    Raises CudaError naming those that have not; may then be called again."""
+    from shim.cuda import engine
+
+    with _driver(container.config) as driver:
+        engine.resume(suspension, driver, policy(container.config))
+    log.info("GPU resumed", id=container.id, processes=len(suspension.processes))
+
+
+def missed(container: Container, suspension: Suspension | None) -> list[int]:
+    """The pids, in a frozen container, of processes that took up CUDA after `suspend` looked."""
+    pids = container.pids()
+    if suspension is None:
+        return [one.pid for one in discovery.candidates(pids) if one.devices]
+    from shim.cuda import engine
+
+    return [one.pid for one in engine.missed(suspension, pids)]
+
+
+def resume_restored(
+    container: Container, expected: list[Process], engine_name: str
+) -> list[Process]:
+    """Gives a restored container's processes their GPU back, or, for the plugin engine, checks
+    that CRIU's plugin has. Raises CudaError naming each process that does not run."""
+    from shim.cuda import engine
+
+    with _driver(container.config) as driver:
+        return engine.resume_restored(
+            container.pids, expected, driver, policy(container.config), engine=engine_name
+        )
+
+
+def plugin_directory(config: GritOptions) -> str:
+    return config.plugin_dir or PLUGIN_DIRECTORY
+
+
+def policy(config: GritOptions) -> Policy:
+    from shim.criu_bridge import client, transport
+    from shim.cuda.engine import Policy
+
+    return Policy(
+        engine=config.engine,
+        lock_timeout=config.lock_timeout,
+        copy_timeout=config.dump_timeout,
+        plugin_dir=plugin_directory(config),
+        criu_version=lambda: client.version(transport.Swrk(config.criu)),
+    )
+
+
+def driver_version() -> str | None:
+    """The kernel driver's version, "580.159.04", None without one."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
+            words = file.readline().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def installed() -> list[dict[str, str]]:
+    """The node's GPUs by uuid and name, as the kernel driver lists them."""
+    root = "/proc/driver/nvidia/gpus"
+    found = []
+    for slot in sorted(os.listdir(root)) if os.path.isdir(root) else []:
+        with open(os.path.join(root, slot, "information"), encoding="utf-8") as file:
+            facts = dict(line.partition(":")[::2] for line in file)
+        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        found.append({"uuid": facts.get("GPU UUID", ""), "name": facts.get("Model", "")})
+    return found
+
+
+@contextmanager
+def _driver(config: GritOptions) -> Iterator[Driver]:
+    """A driver helper for the length of one operation. None is kept in between: it would hold
+    19 MB for as long as a container stays paused, and starts in 0.1 s."""
+    from shim.cuda.driver import Driver
+
+    library = "" if config.libcuda == "libcuda.so.1" else config.libcuda
+    driver = Driver(places.python(), library, config.cuda_checkpoint or "")
+    try:
+        yield driver
+    finally:
+        driver.close()

@@ -1,0 +1,108 @@
+"""The run directory of a group of tasks that share one shim, and what is recorded in it.
+
+    <run>/<hash of the address>/
+        config.json   the annotation by which the inner shim names its socket
+        log           link to the log fifo of the first task's bundle
+        answer        what the inner shim's `start` printed
+        processes     "<name> <pid> <start time>" for the outer and the inner shim
+        tasks/<id>    the bundle of each task, for a `delete` that finds the daemon dead
+
+`start` makes it, the daemon keeps it, the daemon's end or `delete` removes it.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def prepare(group: str, grouping: str, log: str) -> None:
+    """Makes the directory a working directory fit for the inner shim's `start`.
+
+    `grouping` becomes the inner's own group, so that its socket's name clashes neither with
+    ours nor with that of a stock shim for the same pod (facts 1.8).
+    """
+    import json
+
+    os.makedirs(os.path.join(group, "tasks"), mode=0o700, exist_ok=True)
+    annotation = {"io.containerd.runc.v2.group": f"grit-inner-{grouping}"}
+    _write(os.path.join(group, "config.json"), json.dumps({"annotations": annotation}))
+    link = os.path.join(group, "log")
+    if os.path.lexists(link):
+        os.unlink(link)
+    os.symlink(log, link)
+
+
+def record_answer(group: str, answer: str) -> None:
+    _write(os.path.join(group, "answer"), answer)
+
+
+def answer(group: str) -> str:
+    """What the inner shim's `start` printed, "" if it has not been started."""
+    return _read(os.path.join(group, "answer"))
+
+
+def record_process(group: str, name: str, pid: int) -> None:
+    """Remembers a process by pid and start time: a pid alone may be somebody else's later."""
+    with open(os.path.join(group, "processes"), "a", encoding="ascii") as file:
+        file.write(f"{name} {pid} {start_time(pid)}\n")
+
+
+def living_process(group: str, name: str) -> int:
+    """The pid of a recorded process that is still the same process, else 0."""
+    for line in reversed(_read(os.path.join(group, "processes")).splitlines()):
+        who, pid, started = line.split()
+        if who == name:
+            return int(pid) if start_time(int(pid)) == int(started) else 0
+    return 0
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks from boot to the start of a process (proc(5), field 22); 0 if it is gone
+    or has ended and waits to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def add_task(group: str, container_id: str, bundle: str) -> None:
+    _write(os.path.join(group, "tasks", container_id), bundle)
+
+
+def remove_task(group: str, container_id: str) -> None:
+    try:
+        os.unlink(os.path.join(group, "tasks", container_id))
+    except FileNotFoundError:
+        pass
+
+
+def tasks(group: str) -> dict[str, str]:
+    """The bundles of the group's tasks by container id."""
+    folder = os.path.join(group, "tasks")
+    try:
+        return {name: _read(os.path.join(folder, name)) for name in os.listdir(folder)}
+    except FileNotFoundError:
+        return {}
+
+
+def remove(group: str) -> None:
+    """Removes the directory with all in it; one that is gone already is fine."""
+    for folder, _, files in os.walk(group, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,241 @@
+"""The life of a container that is restored: what Create prepares and Start finishes.
+
+    Create   find the image directory, verify it, tell CRIU's options to the inner shim's
+             `runc restore` the only way it listens (a configuration file named by an annotation),
+             and put the root file system's diff in place
+    Start    the inner shim restores the processes; then each CUDA process gets its GPU back and
+             is asked whether it runs
+
+CRIU reports success even where the CUDA side failed, so nothing is believed here that the driver
+has not said itself. A restore that fails leaves nothing running and its log behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from shim import bundle, checkpoint_dir, gpu, log, messages, places
+from shim.checkpoint_dir import CheckpointDirError
+from shim.criu_bridge import freezer
+from shim.criu_bridge.errors import explain, first_error, read_log
+from shim.cuda.suspension import Process
+from shim.ttrpc import StatusError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.config import GritOptions
+    from shim.container import Container
+
+ANNOTATION = "grit.dev/checkpoint"
+CRIU_CONFIG = "grit-criu.conf"
+_CRIU_ANNOTATION = "org.criu.config"
+_RUNC_CONFIG = "/etc/criu/runc.conf"
+
+_THAW_SECONDS = 10.0
+
+
+class RestoreError(Exception):
+    """A restore that was refused or failed; nothing of it is running."""
+
+
+class Restore:
+    """What Start needs to know: the image directory, its manifest (None for images that another
+    tool wrote), and the diff of the root file system that nobody else applies."""
+
+    __slots__ = ("images", "manifest", "rootfs_diff")
+
+    def __init__(
+        self, images: str, manifest: checkpoint_dir.Manifest | None, rootfs_diff: str | None
+    ) -> None:
+        self.images = images
+        self.manifest = manifest
+        self.rootfs_diff = rootfs_diff
+
+    @property
+    def processes(self) -> list[Process]:
+        """The CUDA processes the images hold."""
+        if self.manifest is None:
+            return []
+        return [Process.from_dict(plain) for plain in self.manifest.cuda_processes]
+
+    @property
+    def engine(self) -> str:
+        return self.manifest.engine if self.manifest else "none"
+
+
+def prepare(container: Container, request: messages.CreateTaskRequest) -> Restore | None:
+    """Decides whether the container is to be restored, and from where; None if it is not.
+
+    The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
+    CRI); else the annotation `grit.dev/checkpoint`. Changes `request` and the bundle's
+    config.json to match. Raises CheckpointDirError or RestoreError with nothing created.
+    """
+    spec = bundle.read_spec(container.bundle)
+    images, diff = request.checkpoint, None
+    if not images:
+        images = _annotated(bundle.annotations_of(spec), container)
+        if not images:
+            return None
+        diff = checkpoint_dir.rootfs_diff(images)
+    manifest = _verified(images)
+    found = Restore(images, manifest, diff)
+    if found.engine == "plugin":
+        _require_plugin(container.config, images)
+    _write_criu_config(container, spec, found)
+    request.checkpoint = images
+    return found
+
+
+def fill_rootfs(container: Container) -> None:
+    """Applies the root file system's diff, after the inner shim has mounted it and before any
+    process runs in it. Only for restores by annotation: other clients do it themselves."""
+    from shim import rootfs_diff
+
+    if container.restore and container.restore.rootfs_diff:
+        rootfs = os.path.join(container.bundle, "rootfs")
+        rootfs_diff.apply(container.restore.rootfs_diff, rootfs, python=places.python())
+
+
+def start(container: Container) -> bytes:
+    """Restores the processes and gives them their GPU back; the inner shim's answer to Start.
+
+    Raises RestoreError, with the container killed and CRIU's log kept, if any CUDA process does
+    not run; the inner shim's StatusError, with the log's first error added, if CRIU failed.
+    """
+    found = container.restore
+    assert found is not None
+    try:
+        reply = container.ask("Start", messages.ExecRequest(id=container.id))
+    except StatusError as error:
+        raise StatusError(error.code, _explained(container, error.message)) from error
+    try:
+        _thaw(container)
+        if found.processes:
+            gpu.resume_restored(container, found.processes, found.engine)
+    except Exception as error:
+        raise RestoreError(
+            f"container {container.id}: restored from {found.images}, but {error}; "
+            + _kill(container)
+        ) from error
+    container.restore = None
+    log.info("restored", id=container.id, images=found.images, engine=found.engine)
+    return reply
+
+
+def _annotated(notes: dict[str, str], container: Container) -> str:
+    """The image directory the annotation means for this container, "" if none does."""
+    directory = notes.get(ANNOTATION)
+    # A pod's annotations reach its sandbox container too, which is never restored.
+    if not directory or notes.get("io.kubernetes.cri.container-type", "container") != "container":
+        return ""
+    name = notes.get("io.kubernetes.cri.container-name")
+    images = checkpoint_dir.find_checkpoint(directory, name)
+    if images:
+        return images
+    if container.config.on_missing_checkpoint == "fail":
+        raise RestoreError(
+            f"container {container.id}: the annotation {ANNOTATION}={directory} names no "
+            "checkpoint, and on_missing_checkpoint is fail"
+        )
+    log.warning(
+        "no checkpoint where the annotation points; starting from the beginning",
+        id=container.id,
+        directory=directory,
+    )
+    return ""
+
+
+def _verified(images: str) -> checkpoint_dir.Manifest | None:
+    """The manifest, after every file was compared with it. None for images without one."""
+    try:
+        manifest = checkpoint_dir.load(images)
+    except checkpoint_dir.ForeignCheckpoint:
+        log.warning("images without a manifest: restored unverified", images=images)
+        return None
+    problems = [one for one in checkpoint_dir.verify(images, manifest) if one.kind != "extra"]
+    if problems:
+        raise CheckpointDirError(
+            f"the checkpoint {images} is damaged and was not restored: "
+            + "; ".join(map(str, problems))
+        )
+    return manifest
+
+
+def _require_plugin(config: GritOptions, images: str) -> None:
+    plugin = os.path.join(gpu.plugin_directory(config), "cuda_plugin.so")
+    if not os.path.exists(plugin):
+        raise RestoreError(
+            f"{images} was made by the plugin engine and can only be restored with CRIU's CUDA "
+            f"plugin, which is not at {plugin}; install it or set plugin_dir under [grit]"
+        )
+
+
+def _write_criu_config(container: Container, spec: dict[str, Any], found: Restore) -> None:
+    """Writes the options `runc restore` does not pass on into a CRIU configuration file, with
+    what the node's or the container's own file says before them."""
+    notes = bundle.annotations_of(spec)
+    settings = container.config
+    made_with = found.manifest.options if found.manifest else {}
+    lines = []
+    base = notes.get(_CRIU_ANNOTATION, _RUNC_CONFIG)
+    if base:
+        try:
+            with open(base, encoding="utf-8") as file:
+                lines += file.read().splitlines()
+        except FileNotFoundError:
+            pass
+    if settings.tcp == "close":
+        lines.append("tcp-close")
+    elif settings.tcp == "established" or made_with.get("tcp_established"):
+        lines.append("tcp-established")
+    if settings.file_locks or made_with.get("file_locks"):
+        lines.append("file-locks")
+    if settings.ext_unix_sockets or made_with.get("ext_unix_sockets"):
+        lines.append("ext-unix-sk")
+    if found.engine == "plugin":
+        lines.append(f"libdir {gpu.plugin_directory(settings)}")
+    elif found.engine == "driver":
+        lines.append(f"libdir {places.NO_PLUGINS}")
+    path = os.path.join(container.bundle, CRIU_CONFIG)
+    bundle.replace(path, "".join(f"{line}\n" for line in lines), mode=0o600)
+    spec["annotations"] = {**notes, _CRIU_ANNOTATION: path}
+    bundle.write_spec(container.bundle, spec)
+
+
+def _thaw(container: Container) -> None:
+    """On cgroup v1 a container dumped frozen comes back frozen (CRIU 4.2: cgroup.c), and nobody
+    may ask the driver about it until it runs."""
+    group = container.freezer()
+    if not freezer.put_back(group, freezer.THAWED, _THAW_SECONDS):
+        raise RestoreError(f"its control group {group} stays frozen")
+
+
+def _explained(container: Container, message: str) -> str:
+    """The inner shim's message with the reason out of CRIU's log, which is kept: the bundle and
+    its work directory go with the task."""
+    source = os.path.join(bundle.work_directory(container.bundle), "restore.log")
+    text = read_log(source)
+    if not text:
+        return message
+    kept = os.path.join(places.FAILURES, f"{container.namespace}-{container.id}-restore.log")
+    reason = "; ".join(filter(None, (first_error(text), explain(text))))
+    try:
+        os.makedirs(places.FAILURES, mode=0o700, exist_ok=True)
+        shutil.copyfile(source, kept)
+    except OSError as error:
+        kept = f"lost ({error.strerror})"
+    return f"{message}; {reason or 'its log shows no error'}; log: {kept}"
+
+
+def _kill(container: Container) -> str:
+    """Ends a container that came back without its GPU; says whether that worked."""
+    try:
+        container.kill()
+    except Exception as error:
+        return f"it could not be killed: {error}"
+    return "it was killed"
+
+
+if TYPE_CHECKING:
+    from typing import Any

@@ -1,0 +1,85 @@
+"""The daemon: one per group of tasks, between containerd and the stock shim.
+
+It passes frames through and hands the few intercepted calls to `tasks`. It ends when the
+inner shim ends, since it is nothing without it, and then leaves nothing behind. Nothing slow
+may run in the proxy's loop: containerd gives up a shim that does not answer Connect in 5 s,
+and a shim given up is a container killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+
+from shim import group, log, messages
+from shim.tasks import Tasks
+from shim.ttrpc import Client, Proxy, StatusError, connect
+
+
+def run(listener: socket.socket, home: str, namespace: str, inner_address: str) -> int:
+    """Serves until the inner shim is gone; returns the exit status.
+
+    `home` is the group's run directory, `inner_address` where the stock shim listens.
+    """
+    log.open_fifo(os.path.join(home, "log"))
+    os.chdir("/")
+    _rank_for_oom()
+    group.record_process(home, "outer", os.getpid())
+    try:
+        inner = Client(connect(inner_address))
+        _record_inner(home, inner)
+        tasks = Tasks(inner, namespace, home)
+        proxy = Proxy(
+            listener, lambda: connect(inner_address), tasks.handler_for, tasks.connection_closed
+        )
+        signal.signal(signal.SIGTERM, lambda *_: proxy.stop())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_stop_after, args=(inner, proxy), daemon=True).start()
+        proxy.run()
+        tasks.settle()
+    except BaseException as error:
+        log.error("the shim's daemon failed; its tasks end with it", error=repr(error))
+        return 1
+    finally:
+        _leave(listener, home)
+    return 0
+
+
+def _stop_after(inner: Client, proxy: Proxy) -> None:
+    inner.wait_closed()
+    proxy.stop()
+
+
+def _record_inner(home: str, inner: Client) -> None:
+    """Learns the inner shim's pid, for a `delete` that must end it without us."""
+    for service in reversed(messages.SERVICES):
+        try:
+            reply = inner.call(service, "Connect", b"", timeout=5)
+        except StatusError:
+            continue
+        group.record_process(home, "inner", messages.ConnectResponse.decode(reply).shim_pid)
+        return
+
+
+def _rank_for_oom() -> None:
+    """The kernel may take us one step after containerd, as the stock shims rank themselves
+    (1.6 runtime/v2/shim/util_unix.go: AdjustOOMScore)."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+            score = min(int(file.read()) + 1, 1000)
+            file.seek(0)
+            file.write(str(score))
+    except OSError:
+        pass  # not permitted in a restricted user namespace; ranking is a courtesy
+
+
+def _leave(listener: socket.socket, home: str) -> None:
+    """Removes the socket and, if no task is left for `delete` to end, the group's records."""
+    if not group.living_process(home, "inner"):
+        path = listener.getsockname()
+        if path and os.path.exists(path):
+            os.unlink(path)
+        group.remove(home)
+    listener.close()

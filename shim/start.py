@@ -1,0 +1,130 @@
+"""`start`: called by containerd in a new bundle, answers with the address of the shim that
+will serve it.
+
+Containers of one pod share a shim: the first `start` brings up the stock shim underneath
+and our daemon in front of it, every further one finds the daemon listening and repeats the
+answer. Nothing but the answer may reach standard output or standard error, and the daemon
+must not keep them open: containerd reads both to their end (2.1 core/runtime/v2/binary.go).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from shim import bundle, group, inner, options, places
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.cli import Invocation
+
+_BACKLOG = 128
+
+
+def run(call: Invocation) -> int:
+    """Prints the answer and returns 0; the daemon, if one is needed, has been forked off.
+
+    Raises OSError, ValueError or InnerError with nothing left running.
+    """
+    here = os.getcwd()
+    spec = bundle.read_spec(here)
+    grouping = bundle.grouping(spec, call.get("id"))
+    address = _address(call.get("address"), call.get("namespace"), grouping)
+    home = places.group_directory(address)
+
+    lock = _lock(address)
+    listener = _listen(places.socket_of(address))
+    if listener is None:
+        answer = _answer(group.answer(home), address)
+        os.close(lock)
+        _reply(here, answer)
+        return 0
+
+    try:
+        group.prepare(home, grouping, os.path.join(here, "log"))
+        binary = inner.find(call.get("publish-binary"))
+        inner_answer = inner.start(binary, call.argv, home, options.for_inner(inner.read_options()))
+        group.record_answer(home, inner_answer)
+        daemon = os.fork()
+    except BaseException:
+        os.unlink(places.socket_of(address))
+        group.remove(home)
+        raise
+    if daemon == 0:
+        os.close(lock)
+        _daemon(listener, home, call.get("namespace"), bundle.address_in(inner_answer))
+    listener.close()
+    os.close(lock)
+    _reply(here, _answer(inner_answer, address))
+    return 0
+
+
+def _address(containerd: str, namespace: str, grouping: str) -> str:
+    """Our address: in the directory of all shims' sockets, under a name of our own (the
+    stock formula would give the inner's name when grouping and id agree)."""
+    import hashlib
+
+    text = os.path.join(containerd, namespace, "grit", grouping)
+    return f"unix://{places.SOCKETS}/{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _lock(address: str) -> int:
+    """One `start` of a group at a time: two containers of a pod may start together."""
+    import fcntl
+
+    os.makedirs(places.RUN, mode=0o700, exist_ok=True)
+    os.makedirs(places.SOCKETS, mode=0o700, exist_ok=True)
+    fd = os.open(places.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def _listen(path: str) -> socket.socket | None:
+    """A listening socket at `path`, or None if a living daemon listens there already.
+    A socket that a dead daemon left behind is replaced."""
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        try:
+            listener.bind(path)
+        except OSError:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(0.1)
+                if probe.connect_ex(path) == 0:
+                    listener.close()
+                    return None
+            os.unlink(path)
+            listener.bind(path)
+    finally:
+        os.umask(mask)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _answer(inner_answer: str, address: str) -> str:
+    """The inner's answer with our address in it: its form tells containerd which version of
+    the task service the shim speaks, and that is the inner's to say (facts 1.2)."""
+    return inner_answer.replace(bundle.address_in(inner_answer), address)
+
+
+def _reply(here: str, answer: str) -> None:
+    bundle.write_address(here, answer)
+    sys.stdout.write(answer)
+    sys.stdout.flush()
+
+
+def _daemon(listener: socket.socket, home: str, namespace: str, inner_address: str) -> None:
+    """What the forked child becomes; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        from shim import serve
+
+        status = serve.run(listener, home, namespace, inner_address)
+    finally:
+        os._exit(status)

@@ -1,0 +1,149 @@
+"""The calls this shim steps into, out of all that pass through it.
+
+Create, Start and Delete keep the list of containers, Pause, Checkpoint and Resume do what the
+shim is for. Each runs on a thread of its own (the proxy sees to that) and may take as long as
+it takes; State, Pids, Kill, Connect and the rest never come here.
+"""
+
+from __future__ import annotations
+
+from shim import container, group, log, messages
+from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.ttrpc import Call, Client, Forward
+    from shim.ttrpc.handlers import Handler
+
+
+class Tasks:
+    """The group's containers and the handlers of the intercepted calls.
+
+    `inner` is a connection to the stock shim that no client owns: what is asked through it goes
+    on when containerd's own connection drops. `home` is the group's run directory.
+    """
+
+    def __init__(self, inner: Client, namespace: str, home: str) -> None:
+        self._inner = inner
+        self._namespace = namespace
+        self._home = home
+        self._containers: dict[str, container.Container] = {}
+        self._handlers: dict[str, Handler] = {
+            "Create": self._create,
+            "Start": self._start,
+            "Pause": self._pause,
+            "Checkpoint": self._checkpoint,
+            "Resume": self._resume,
+            "Delete": self._delete,
+        }
+
+    def handler_for(self, service: str, method: str) -> Handler | None:
+        handler = self._handlers.get(method) if service in messages.SERVICES else None
+        return (lambda call: _told(call, handler)) if handler else None
+
+    def connection_closed(self, connection: int) -> None:
+        """A client's connection has gone, with containerd or without: a Checkpoint of its that
+        is under way ends well or is undone, and nobody is left to send the Resume."""
+        for one in list(self._containers.values()):
+            if one.paused_by == connection and one.orphanable:
+                from shim import checkpoint
+
+                checkpoint.abandon(one)
+
+    def settle(self) -> None:
+        """Called when serving ends: waits for calls under way, since ending in the middle of a
+        dump would leave a container frozen."""
+        for one in list(self._containers.values()):
+            with one.lock:
+                pass
+
+    def _create(self, call: Call) -> bytes:
+        from shim import config, options, restore
+
+        request = messages.CreateTaskRequest.decode(call.payload)
+        try:
+            request.options, ours = options.read(request.options)
+            runc = options.runc_options(request.options)
+        except (config.ConfigError, ValueError) as error:
+            raise StatusError(INVALID_ARGUMENT, f"container {request.id}: {error}") from error
+        one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
+        one.restore = restore.prepare(one, request)
+        reply = self._relay(call, request.encode())
+        if one.restore:
+            try:
+                restore.fill_rootfs(one)
+            except BaseException:
+                one.ask("Delete", messages.ExecRequest(id=one.id))
+                raise
+        self._containers[one.id] = one
+        group.add_task(self._home, one.id, one.bundle)
+        return reply
+
+    def _start(self, call: Call) -> bytes | Forward:
+        request = messages.ExecRequest.decode(call.payload)
+        one = self._containers.get(request.id)
+        if one is None or request.exec_id or one.restore is None:
+            return FORWARD
+        from shim import restore
+
+        with one.lock:
+            return restore.start(one)
+
+    def _pause(self, call: Call) -> bytes | Forward:
+        one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
+        if one is None:
+            return FORWARD
+        from shim import checkpoint
+
+        with one.lock:
+            checkpoint.pause(one, call.connection)
+        return b""
+
+    def _checkpoint(self, call: Call) -> bytes | Forward:
+        request = messages.CheckpointTaskRequest.decode(call.payload)
+        one = self._containers.get(request.id)
+        if one is None:
+            return FORWARD
+        from shim import checkpoint
+
+        with one.lock:
+            checkpoint.checkpoint(one, request, call.connection)
+        return b""
+
+    def _resume(self, call: Call) -> bytes | Forward:
+        one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
+        if one is None:
+            return FORWARD
+        from shim import checkpoint
+
+        with one.lock:
+            checkpoint.resume(one)
+        return b""
+
+    def _delete(self, call: Call) -> bytes | Forward:
+        request = messages.ExecRequest.decode(call.payload)
+        if request.exec_id or request.id not in self._containers:
+            return FORWARD
+        reply = self._relay(call, call.payload)
+        self._containers.pop(request.id, None)
+        group.remove_task(self._home, request.id)
+        return reply
+
+    def _relay(self, call: Call, payload: bytes) -> bytes:
+        """The inner shim's answer to a call that the client's connection need not outlive."""
+        return self._inner.call(
+            call.service, call.method, payload, timeout=call.timeout, metadata=call.metadata
+        )
+
+
+def _told(call: Call, handler: Handler) -> bytes | Forward:
+    """Runs a handler; whatever it raises is logged, since clients drop many an error unread
+    (a deferred Resume's above all), and reaches the client with its words."""
+    try:
+        return handler(call)
+    except StatusError as error:
+        log.error(f"{call.method} failed", error=error)
+        raise
+    except Exception as error:
+        log.error(f"{call.method} failed", error=error, kind=type(error).__name__)
+        raise StatusError(UNKNOWN, str(error) or repr(error)) from error
