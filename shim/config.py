@@ -33,7 +33,7 @@ class ConfigError(Exception):
 
 
 class _Settings:
-    """Named values with defaults, set once. (A dataclass would import `inspect` into the daemon.)"""
+    """Named values with defaults, set once. (A dataclass would import `inspect`.)"""
 
     def __init__(self, **values: object) -> None:
         unknown = values.keys() - type(self).__annotations__.keys()

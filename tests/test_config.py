@@ -192,7 +192,7 @@ def test_the_file_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_named_file_must_exist(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match="grit.toml: there is no such file; create it, or corr"):
+    with pytest.raises(ConfigError, match=r"grit.toml: there is no such file; create it, or corr"):
         load(str(tmp_path / "grit.toml"))
 
 

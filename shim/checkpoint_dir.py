@@ -1,0 +1,496 @@
+"""The checkpoint's layout on disk: the one module that knows it.
+
+A checkpoint is a directory as GRIT and checkpointctl lay it out: `checkpoint/`, flat, with CRIU's
+images, our device-memory files and our manifest `grit.json`, and beside it `rootfs-diff.tar`,
+`container.log`, `config.dump` and `spec.dump`, which clients write. A dump goes into a draft under
+another name; publishing checks it, takes the size and SHA-256 of every file, brings everything to
+the disk and renames. So a directory under its final name is a whole checkpoint, and this module
+must never let a partial one be taken for it, nor remove anything but drafts of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+from shim.manifest import INVENTORY, MANIFEST, File, Manifest, ManifestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import FileIO
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+IMAGES = "checkpoint"
+ROOTFS_DIFF = "rootfs-diff.tar"
+MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
+
+_PARTIAL = ".grit-partial-"
+_RANDOM_BYTES = 8
+
+
+class CheckpointDirError(Exception):
+    """A checkpoint cannot be written or used; says which directory, why, and what to do."""
+
+
+class ForeignCheckpoint(ManifestError):
+    """CRIU images without a manifest: written by another tool, restorable but not verifiable."""
+
+
+class Draft:
+    """A checkpoint being written: CRIU dumps into `path`, and publish() makes it `final`.
+
+    The directory is kept locked (flock) while its owner lives, in whatever pid namespace and
+    across a reboot, so a draft whose lock is free is one that a crash left behind.
+    """
+
+    def __init__(self, final: str, path: str, lock: int, *, inside: bool) -> None:
+        self.final = final
+        self.path = path
+        self._lock: int | None = lock
+        self._inside = inside
+        self._moved: list[str] = []
+
+    @classmethod
+    def begin(cls, final: str) -> Draft:
+        """A draft for the image directory `final`, which must be empty or not be there.
+
+        It is made beside `final`, on the same file system. Where that cannot be (`final` is a
+        mount point, or its parent is not to be written to) it is made within. Raises
+        CheckpointDirError, with nothing changed.
+        """
+        final = os.path.realpath(final)
+        parent, base = os.path.split(final)
+        if not os.path.isdir(parent):
+            raise CheckpointDirError(
+                f"cannot write a checkpoint to {final}: there is no directory {parent}; create it "
+                "or name another place"
+            )
+        exists = os.path.lexists(final)
+        if exists:
+            _remove_abandoned(final, "")
+            _must_be_empty(final)
+        _remove_abandoned(parent, base)
+        where = parent
+        try:
+            if not (exists and _is_mount_point(final)):
+                try:
+                    return cls._make(final, parent, base, inside=False)
+                except OSError:
+                    if not exists:
+                        raise
+            where = final
+            return cls._make(final, final, "", inside=True)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot write a checkpoint to {final}: cannot make a directory in {where}: "
+                f"{error.strerror}"
+            ) from error
+
+    @classmethod
+    def _make(cls, final: str, directory: str, base: str, *, inside: bool) -> Draft:
+        prefix = os.path.join(directory, _partial_prefix(base))
+        while True:
+            path = prefix + os.urandom(_RANDOM_BYTES).hex()
+            os.mkdir(path, 0o700)
+            lock = _open_and_lock(path)
+            if lock is not None:
+                return cls(final, path, lock, inside=inside)
+            # Another draft's begin() came between and is taking ours for an abandoned one.
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Makes the draft the checkpoint, and returns the manifest as written.
+
+        All files are read once for their checksums, several at a time, and synced; the manifest
+        comes last, and then the rename. Raises CheckpointDirError, after which `final` holds no
+        checkpoint and discard() removes what there is.
+        """
+        import time
+
+        if self._lock is None:
+            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        begun = time.monotonic()
+        try:
+            names = self._checked_names()
+            files = dict(zip(names, _in_threads(names, self._seal), strict=True))
+            whole = Manifest(
+                **{
+                    **vars(manifest),
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "phases": {**manifest.phases, "checksums": time.monotonic() - begun},
+                    "files": files,
+                }
+            )
+            _write_new(os.path.join(self.path, MANIFEST), whole.encode())
+            _sync_directory(self.path)
+            if self._inside:
+                _must_be_empty(self.final, but=os.path.basename(self.path))
+                self._move_up(names)
+            else:
+                os.rename(self.path, self.final)
+                self.path = self.final
+                _sync_directory(os.path.dirname(self.final))
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+            ) from error
+        self._unlock()
+        return whole
+
+    def discard(self) -> None:
+        """Removes the draft and all in it; does nothing once published or discarded."""
+        if self._lock is None:
+            return
+        try:
+            for name in reversed(self._moved):  # the manifest first: it is what makes it whole
+                os.unlink(os.path.join(self.final, name))
+            self._moved.clear()
+            if os.path.lexists(self.path):
+                _remove_tree(self.path)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot remove the unfinished checkpoint {self.path}: {_reason(error)}; remove it "
+                "by hand"
+            ) from error
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _checked_names(self) -> list[str]:
+        names = []
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if not entry.is_file(follow_symlinks=False):
+                    # containerd's CRI packs the directory flat, and fails on anything else.
+                    raise CheckpointDirError(
+                        f"{entry.path} is not a plain file; a checkpoint holds nothing else"
+                    )
+                names.append(entry.name)
+        if INVENTORY not in names:
+            raise CheckpointDirError(
+                f"{self.path} has no {INVENTORY}: CRIU did not finish its dump"
+            )
+        if MANIFEST in names:
+            raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
+        return sorted(names)
+
+    def _seal(self, name: str) -> File:
+        """Digest, mode and sync of one file. hashlib lets other threads run meanwhile."""
+        with open(os.path.join(self.path, name), "rb", buffering=0) as file:
+            os.fchmod(file.fileno(), 0o600)
+            found = _digest(file)
+            os.fsync(file.fileno())
+        return found
+
+    def _move_up(self, names: list[str]) -> None:
+        """Publishing within `final`: what marks a checkpoint goes last, its manifest at the end."""
+        for name in [n for n in names if n != INVENTORY] + [INVENTORY, MANIFEST]:
+            os.rename(os.path.join(self.path, name), os.path.join(self.final, name))
+            self._moved.append(name)
+        os.rmdir(self.path)
+        os.chmod(self.final, 0o700)
+        _sync_directory(self.final)
+
+
+class Problem:
+    """Something wrong with one file; `kind` is missing, extra, not-a-file, size or checksum."""
+
+    __slots__ = ("kind", "name", "text")
+
+    def __init__(self, name: str, kind: str, text: str) -> None:
+        self.name, self.kind, self.text = name, kind, text
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+    __repr__ = __str__
+
+
+def load(directory: str) -> Manifest:
+    """The manifest of an image directory.
+
+    Raises ForeignCheckpoint where CRIU images stand without one, and ManifestError for anything
+    else that is wrong with it.
+    """
+    where = os.path.join(directory, MANIFEST)
+    try:
+        fd = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise _no_manifest(directory) from None
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read: {error.strerror}") from error
+    try:
+        with open(fd, "rb") as file:
+            data = file.read(MAX_MANIFEST + 1)
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_MANIFEST:
+        raise ManifestError(f"{where}: is larger than {MAX_MANIFEST} bytes; it is no manifest")
+    return Manifest.decode(data, where)
+
+
+def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list[Problem]:
+    """What differs between the directory and its manifest; an empty list if nothing does.
+
+    Sizes are always compared, checksums only with `contents`, which reads every byte.
+    Raises CheckpointDirError if the directory cannot be read.
+    """
+    problems = []
+    intact = []
+    try:
+        with os.scandir(directory) as entries:
+            present = {entry.name: entry for entry in entries}
+        for name, expected in manifest.files.items():
+            entry = present.get(name)
+            if entry is None:
+                problems.append(Problem(name, "missing", "is missing"))
+            elif not entry.is_file(follow_symlinks=False):
+                problems.append(Problem(name, "not-a-file", "is not a plain file"))
+            elif (size := entry.stat(follow_symlinks=False).st_size) != expected.size:
+                text = f"has {size} bytes; the manifest says {expected.size}"
+                problems.append(Problem(name, "size", text))
+            else:
+                intact.append(name)
+        for name in present:
+            if name not in manifest.files and name != MANIFEST and not _is_partial(name, ""):
+                problems.append(Problem(name, "extra", "is not in the manifest"))
+    except OSError as error:
+        raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
+
+    def compare(name: str) -> Problem | None:
+        try:
+            with open(os.path.join(directory, name), "rb", buffering=0) as file:
+                found = _digest(file)
+        except OSError as error:
+            return Problem(name, "checksum", f"cannot be read: {error.strerror}")
+        expected = manifest.files[name]
+        if found == expected:
+            return None
+        text = f"has SHA-256 {found.sha256}; the manifest says {expected.sha256}"
+        return Problem(name, "checksum", text)
+
+    if contents:
+        problems += [found for found in _in_threads(intact, compare) if found is not None]
+    return sorted(problems, key=lambda problem: problem.name)
+
+
+def find_checkpoint(directory: str, container_name: str | None) -> str | None:
+    """The image directory meant by the annotation `grit.dev/checkpoint=<directory>`.
+
+    That is `<directory>/<container_name>/checkpoint` (GRIT: one of a pod's containers),
+    `<directory>/checkpoint`, or the directory itself where it holds CRIU's images. None if there
+    is none of them. Raises CheckpointDirError where one is there but not whole: that is no reason
+    to start the container from its beginning.
+    """
+    if container_name and (container_name in (".", "..") or "/" in container_name):
+        raise CheckpointDirError(f"{container_name!r} is not a container's name")
+    places = [os.path.join(directory, container_name, IMAGES)] if container_name else []
+    places.append(os.path.join(directory, IMAGES))
+    for place in places:
+        if os.path.isfile(os.path.join(place, INVENTORY)):
+            return place
+    if os.path.isfile(os.path.join(directory, INVENTORY)):
+        return directory
+    for place in places:
+        # A pod's container may itself be named "checkpoint": its directory is no image directory.
+        if os.path.isdir(place) and not os.path.isdir(os.path.join(place, IMAGES)):
+            raise CheckpointDirError(
+                f"{place} is not a whole checkpoint: it has no {INVENTORY}. Copy it again, or "
+                "remove it to start the container from its beginning"
+            )
+    return None
+
+
+def rootfs_diff(images: str) -> str | None:
+    """`rootfs-diff.tar` beside an image directory, if there is one.
+
+    Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
+    beside them (in /tmp, say) belongs to somebody else.
+    """
+    parent, base = os.path.split(os.path.abspath(images))
+    path = os.path.join(parent, ROOTFS_DIFF)
+    return path if base == IMAGES and os.path.isfile(path) else None
+
+
+def _no_manifest(directory: str) -> ManifestError:
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        return ManifestError(f"cannot read the checkpoint {directory}: {error.strerror}")
+    if any(_is_partial(name, "") for name in names):
+        return ManifestError(
+            f"{directory} is not a whole checkpoint: writing it was cut short. Remove it"
+        )
+    if INVENTORY in names:
+        return ForeignCheckpoint(
+            f"{directory} has no {MANIFEST}: another tool wrote it, and whether its files are "
+            "whole cannot be checked"
+        )
+    return ManifestError(
+        f"{directory} is not a checkpoint: it has neither {MANIFEST} nor {INVENTORY}"
+    )
+
+
+def _in_threads(names: list[str], work: Callable[[str], T]) -> list[T]:
+    """`work` done for every name, several at a time; raises what the first failure raised.
+
+    (concurrent.futures would do, and import `logging` into the daemon.)
+    """
+    import threading
+
+    results: dict[str, T] = {}
+    failures: list[BaseException] = []
+    waiting = list(names)
+
+    def run() -> None:
+        while not failures:
+            try:
+                name = waiting.pop()  # one step under the interpreter's lock
+            except IndexError:
+                return
+            try:
+                results[name] = work(name)
+            except BaseException as error:
+                failures.append(error)
+
+    workers = min(len(names), len(os.sched_getaffinity(0)), 16)
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[name] for name in names]
+
+
+def _digest(file: FileIO) -> File:
+    import hashlib
+
+    digest = hashlib.file_digest(file, "sha256")
+    return File(file.tell(), digest.hexdigest())
+
+
+def _write_new(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _partial_prefix(base: str) -> str:
+    """A draft beside its final directory carries that one's name, within it none."""
+    return f".{base}{_PARTIAL}" if base else _PARTIAL
+
+
+def _is_partial(name: str, base: str) -> bool:
+    prefix = _partial_prefix(base)
+    tail = name[len(prefix) :]
+    return (
+        name.startswith(prefix)
+        and len(tail) == 2 * _RANDOM_BYTES
+        and set(tail) <= set("0123456789abcdef")
+    )
+
+
+def _remove_abandoned(directory: str, base: str) -> None:
+    """Removes drafts whose owner is dead: of our user, under our names, with a free lock."""
+    try:
+        names = [name for name in os.listdir(directory) if _is_partial(name, base)]
+    except OSError:
+        return  # not to be listed; begin() meets the reason again and tells it
+    for name in names:
+        path = os.path.join(directory, name)
+        lock = None
+        try:
+            if os.lstat(path).st_uid == os.geteuid():
+                lock = _open_and_lock(path, unlockable=False)
+            if lock is not None:
+                _remove_tree(path)
+        except OSError:
+            continue  # it costs room, and no more; the new draft has another name
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _open_and_lock(path: str, *, unlockable: bool = True) -> int | None:
+    """A descriptor holding the directory's lock; None if another has it or the directory went.
+
+    Where the file system has no such locks: a descriptor without, or None if not `unlockable`.
+    """
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if unlockable:
+            return fd
+    os.close(fd)
+    return None
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    shutil.rmtree(path)
+
+
+def _must_be_empty(path: str, but: str | None = None) -> None:
+    try:
+        names = sorted(name for name in os.listdir(path) if name != but)
+    except OSError as error:
+        raise CheckpointDirError(
+            f"cannot write a checkpoint to {path}: {error.strerror}"
+        ) from error
+    if any(_is_partial(name, "") for name in names):
+        raise CheckpointDirError(f"another checkpoint is just being written to {path}")
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise CheckpointDirError(
+            f"cannot write a checkpoint to {path}: it is not empty (it has {shown}). Name another "
+            "directory, or remove this one"
+        )
+
+
+def _is_mount_point(path: str) -> bool:
+    """Also true of a bind mount within one file system, which os.path.ismount() does not see."""
+    if os.path.ismount(path):
+        return True
+    wanted = os.fsencode(path)
+    with open("/proc/self/mountinfo", "rb") as file:
+        points = [line.split(b" ")[4] for line in file]
+    for plain, escaped in (
+        (b"\\", b"\\134"),
+        (b" ", b"\\040"),
+        (b"\t", b"\\011"),
+        (b"\n", b"\\012"),
+    ):
+        wanted = wanted.replace(plain, escaped)
+    return wanted in points
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)

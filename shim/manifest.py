@@ -1,0 +1,244 @@
+"""The manifest of a checkpoint, `grit.json`: its keys, its bytes, and what is wrong with them.
+
+It records who wrote which container's checkpoint from what, with the size and SHA-256 of every
+file. It is read from storage that others may have written to, so nothing in it is believed before
+its type is checked, and no name in it may lead out of the checkpoint's directory.
+"""
+
+from __future__ import annotations
+
+MANIFEST = "grit.json"
+INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
+FORMAT = 1
+
+
+class ManifestError(Exception):
+    """The manifest is missing or unusable; names the file and the key that is wrong."""
+
+
+class File:
+    """One file of a checkpoint: its size in bytes and the SHA-256 of its contents, in hex."""
+
+    __slots__ = ("sha256", "size")
+
+    def __init__(self, size: int, sha256: str) -> None:
+        self.size, self.sha256 = size, sha256
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, File) and (self.size, self.sha256) == (other.size, other.sha256)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.sha256))
+
+    def __repr__(self) -> str:
+        return f"File({self.size}, {self.sha256!r})"
+
+
+class Manifest:
+    """What `grit.json` says. `created` (RFC 3339) and `files` are filled in by Draft.publish().
+
+    `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
+    `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
+    carried here; `phases` gives the seconds each took.
+    """
+
+    def __init__(
+        self,
+        *,
+        container_id: str,
+        namespace: str,
+        image: str,
+        runtime: str,
+        engine: str,
+        driver_version: str | None,
+        gpus: list[dict[str, str]],
+        criu_version: str,
+        kernel: str,
+        hostname: str,
+        options: dict[str, bool | int | str],
+        cuda_processes: list[dict[str, object]],
+        phases: dict[str, float],
+        created: str = "",
+        files: dict[str, File] | None = None,
+    ) -> None:
+        self.container_id = container_id
+        self.namespace = namespace
+        self.image = image
+        self.runtime = runtime
+        self.engine = engine
+        self.driver_version = driver_version
+        self.gpus = gpus
+        self.criu_version = criu_version
+        self.kernel = kernel
+        self.hostname = hostname
+        self.options = options
+        self.cuda_processes = cuda_processes
+        self.phases = phases
+        self.created = created
+        self.files = files or {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Manifest({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def encode(self) -> bytes:
+        """The bytes of `grit.json`: indented for people, keys in a telling order."""
+        import json
+
+        document = {
+            "format": FORMAT,
+            "created": self.created,
+            "container": {
+                "id": self.container_id,
+                "namespace": self.namespace,
+                "image": self.image,
+            },
+            "runtime": self.runtime,
+            "engine": self.engine,
+            "driver": self.driver_version,
+            "gpus": self.gpus,
+            "criu": self.criu_version,
+            "kernel": self.kernel,
+            "hostname": self.hostname,
+            "options": self.options,
+            "cuda_processes": self.cuda_processes,
+            "phases": self.phases,
+            "files": {
+                name: {"size": file.size, "sha256": file.sha256}
+                for name, file in sorted(self.files.items())
+            },
+        }
+        return json.dumps(document, indent=2, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Manifest:
+        """Raises ManifestError, in which `where` names the file. Unknown keys are passed over."""
+        document = _Reader(_read_json(data, where), where)
+        number = document.integer("format")
+        if number != FORMAT:
+            raise ManifestError(
+                f"{where}: is of format {number}, and this grit reads format {FORMAT}; restore it "
+                "with the version of grit that wrote it"
+            )
+        container = document.table("container")
+        return cls(
+            created=document.time("created"),
+            container_id=container.text("id"),
+            namespace=container.text("namespace"),
+            image=container.text("image"),
+            runtime=document.text("runtime"),
+            engine=document.text("engine"),
+            driver_version=document.text_or_null("driver"),
+            gpus=[
+                {"uuid": g.text("uuid"), "name": g.text("name")} for g in document.tables("gpus")
+            ],
+            criu_version=document.text("criu"),
+            kernel=document.text("kernel"),
+            hostname=document.text("hostname"),
+            options=document.table("options").scalars(),
+            cuda_processes=[process.value for process in document.tables("cuda_processes")],
+            phases=document.table("phases").numbers(),
+            files=_read_files(document.table("files")),
+        )
+
+
+class _Reader:
+    """A JSON object and the place it has in the manifest, for errors that name the key."""
+
+    def __init__(self, value: dict[str, object], where: str, path: str = "") -> None:
+        self.value, self.where, self.path = value, where, path
+
+    def wrong(self, key: str, what: str) -> ManifestError:
+        return ManifestError(f"{self.where}: {self.path}{key} {what}")
+
+    def get(self, key: str, *, right: str) -> object:
+        if key not in self.value:
+            raise self.wrong(key, f"is missing; it must be {right}")
+        return self.value[key]
+
+    def text(self, key: str) -> str:
+        value = self.get(key, right="a string")
+        if not isinstance(value, str):
+            raise self.wrong(key, "must be a string")
+        return value
+
+    def text_or_null(self, key: str) -> str | None:
+        return None if self.get(key, right="a string or null") is None else self.text(key)
+
+    def time(self, key: str) -> str:
+        import datetime
+
+        value = self.text(key)
+        try:
+            datetime.datetime.fromisoformat(value)
+        except ValueError:
+            raise self.wrong(key, "must be a time as in RFC 3339") from None
+        return value
+
+    def integer(self, key: str) -> int:
+        value = self.get(key, right="a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.wrong(key, "must be a whole number, 0 or above")
+        return value
+
+    def table(self, key: str) -> _Reader:
+        value = self.get(key, right="an object")
+        if not isinstance(value, dict):
+            raise self.wrong(key, "must be an object")
+        return _Reader(value, self.where, f"{self.path}{key}.")
+
+    def tables(self, key: str) -> list[_Reader]:
+        value = self.get(key, right="an array of objects")
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.wrong(key, "must be an array of objects")
+        return [_Reader(v, self.where, f"{self.path}{key}[{n}].") for n, v in enumerate(value)]
+
+    def scalars(self) -> dict[str, bool | int | str]:
+        kept: dict[str, bool | int | str] = {}
+        for key, value in self.value.items():
+            if not isinstance(value, bool | int | str):
+                raise self.wrong(key, "must be true, false, a whole number or a string")
+            kept[key] = value
+        return kept
+
+    def numbers(self) -> dict[str, float]:
+        kept: dict[str, float] = {}
+        for key, value in self.value.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise self.wrong(key, "must be a number")
+            kept[key] = value
+        return kept
+
+
+def _read_json(data: bytes, where: str) -> dict[str, object]:
+    import json
+
+    def not_json(word: str) -> object:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        document = json.loads(data.decode(), parse_constant=not_json)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"{where}: must hold a JSON object")
+    return document
+
+
+def _read_files(table: _Reader) -> dict[str, File]:
+    files = {}
+    for name in table.value:
+        if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name:
+            raise table.wrong(repr(name), "is not the name of a file within the checkpoint")
+        entry = table.table(name)
+        digest = entry.text("sha256")
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise entry.wrong("sha256", "must be 64 lower-case hexadecimal digits")
+        files[name] = File(entry.integer("size"), digest)
+    if INVENTORY not in files:
+        raise table.wrong(INVENTORY, "is missing, and without it nothing can be restored")
+    return files
