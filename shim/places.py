@@ -13,8 +13,8 @@ RUN = "/run/containerd/grit"
 SOCKETS = "/run/containerd/s"
 """Where every shim's socket lies; compiled into containerd (2.1 pkg/shim/util_unix.go)."""
 
-NO_PLUGINS = "/run/containerd/grit/no-plugins"
-"""A directory that stays empty, for a CRIU that must load no plugin (it need not exist)."""
+NO_PLUGINS = RUN
+"""For a CRIU that must load no plugin: its plugin directory must exist, and hold none."""
 
 FAILURES = "/var/log/containerd-shim-grit"
 """CRIU's logs of failed restores: the bundle that held them goes with the task."""

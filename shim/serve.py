@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 
-from shim import group, log, messages
+from shim import group, log, messages, places
 from shim.tasks import Tasks
 from shim.ttrpc import Client, Proxy, StatusError, connect
 
@@ -23,6 +23,7 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
 
     `home` is the group's run directory, `inner_address` where the stock shim listens.
     """
+    address = listener.getsockname()
     log.open_fifo(os.path.join(home, "log"))
     os.chdir("/")
     _rank_for_oom()
@@ -43,7 +44,7 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
         log.error("the shim's daemon failed; its tasks end with it", error=repr(error))
         return 1
     finally:
-        _leave(listener, home)
+        _leave(home, address, inner_address)
     return 0
 
 
@@ -75,11 +76,13 @@ def _rank_for_oom() -> None:
         pass  # not permitted in a restricted user namespace; ranking is a courtesy
 
 
-def _leave(listener: socket.socket, home: str) -> None:
-    """Removes the socket and, if no task is left for `delete` to end, the group's records."""
-    if not group.living_process(home, "inner"):
-        path = listener.getsockname()
-        if path and os.path.exists(path):
+def _leave(home: str, address: str, inner_address: str) -> None:
+    """Removes the sockets and, if no task is left for `delete` to end, the group's records. The
+    inner shim of containerd 2.x leaves its socket, as it looks for it under another name
+    (2.1 pkg/shim/util_unix.go)."""
+    if group.living_process(home, "inner"):
+        return
+    for path in (address, places.socket_of(inner_address)):
+        if os.path.exists(path):
             os.unlink(path)
-        group.remove(home)
-    listener.close()
+    group.remove(home)

@@ -137,12 +137,12 @@ class Tasks:
 
 
 def _told(call: Call, handler: Handler) -> bytes | Forward:
-    """Runs a handler; whatever it raises is logged, since clients drop many an error unread
-    (a deferred Resume's above all), and reaches the client with its words."""
+    """Runs a handler. What went wrong here is logged as well as told to the client, since clients
+    drop many an error unread (a deferred Resume's above all); what the inner shim refused is
+    only passed on."""
     try:
         return handler(call)
-    except StatusError as error:
-        log.error(f"{call.method} failed", error=error)
+    except StatusError:
         raise
     except Exception as error:
         log.error(f"{call.method} failed", error=error, kind=type(error).__name__)
