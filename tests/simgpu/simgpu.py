@@ -2,9 +2,9 @@
 spec, make things go wrong, and look who holds device memory. Knows nothing of grit; must never be
 imported by the product.
 
-A *kit* is what is built once: `lib/libcuda.so.1`, the workload, and a C library of its own for images
-that have none. A *board directory* is the state of one machine's GPUs; it must outlive the containers
-that use it.
+A *kit* is what is built once: `lib/libcuda.so.1`, the workload, and a C library of its own for
+images that have none. A *board directory* is the state of one machine's GPUs; it must outlive the
+containers that use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 SOURCE = Path(__file__).parent / "src"
 LIBRARY_PARTS = ("api.c", "board.c", "caller.c", "driver.c", "faults.c", "gate.c")
@@ -116,7 +116,7 @@ def _compile(root: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return done.stdout
@@ -141,12 +141,18 @@ def refused_device() -> os.stat_result:
     raise RuntimeError("no character device fit to stand for /dev/nvidia0 on this machine")
 
 
+class HasPath(Protocol):
+    """What is used of a node: the host's view of a path in it."""
+
+    def path(self, path: str) -> Path: ...
+
+
 class SimGpu:
     """The GPUs of one machine, in `directory` on the host.
 
-    `directory_as` and `kit_as` are the same two places in the eyes of whoever starts containers, where
-    that is a node with a mount namespace of its own. `capacity` is bytes per GPU; they are
-    written in full here, so that a container using them is charged nothing for them.
+    `directory_as` and `kit_as` are the same two places in the eyes of whoever starts containers,
+    where that is a node with a mount namespace of its own. `capacity` is bytes per GPU; they are
+    written in full by `create`, so that a container using them is charged nothing for them.
     """
 
     def __init__(
@@ -167,6 +173,12 @@ class SimGpu:
         self.kit_as = kit_as or kit.root
         self.device = refused_device()
         self._library: Library | None = None
+
+    @classmethod
+    def in_node(cls, node: HasPath, kit: Kit, **options: Any) -> SimGpu:
+        """The GPUs of a node that was made with `binds={KIT: kit.root}`."""
+        directory = node.path(BOARDS)
+        return cls(directory, kit, directory_as=Path(BOARDS), kit_as=Path(KIT), **options)
 
     def create(self) -> SimGpu:
         (self.directory / "control").mkdir(parents=True)
@@ -250,9 +262,10 @@ class SimGpu:
     def fault(self, words: str, pid: int | None = None) -> None:
         """From now on these things go wrong in process `pid` (host pid), or in every process.
 
-        Words, separated by commas: `OP=CODE`, `OP=hang` for OP in getstate, lock, checkpoint, restore,
-        unlock, and `alloc=CODE`; `lock=never`; `checkpoint=failed`, `restore=failed`, `unlock=failed`
-        (error 304 and the state FAILED); `speed=BYTES_PER_S` for the copies. An empty string ends them.
+        Words, separated by commas: `OP=CODE` and `OP=hang` for OP in getstate, lock, checkpoint,
+        restore, unlock; `alloc=CODE`; `lock=never`; `checkpoint=failed`, `restore=failed`,
+        `unlock=failed` (error 304 and the state FAILED); `speed=BYTES_PER_S` for the copies. They
+        replace the words given before; an empty string ends them.
         """
         name = "all" if pid is None else self.library.token_of(pid)
         draft = self.directory / "control/.draft"
