@@ -8,7 +8,7 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup lint test demo bench install uninstall proto
+.PHONY: help venv setup nodes lint test demo bench install uninstall proto
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,13 +35,16 @@ lint: venv  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: setup lint  ## all of it: lint, unit tests, then end to end on Debian 12, 13 and forky
+test: lint nodes  ## all of it: lint, unit tests, then end to end on Debian 12, 13 and forky
 	$(PY) -m pytest
 
-demo: setup venv  ## a GPU container checkpointed and restored before your eyes
+nodes: setup venv  ## the Debian systems that tests and demo run on, kept in /var/cache/grit-tests
+	@$(PY) -m tests.nodes
+
+demo: nodes  ## a GPU container checkpointed and restored before your eyes
 	$(PY) -m tests.demo
 
-bench: setup venv  ## start-up, latency and memory beside the stock shim
+bench: nodes  ## start-up, latency and memory beside the stock shim
 	$(PY) -m tests.bench
 
 proto: venv  ## check that the shim's messages are in step with proto/
