@@ -7,6 +7,7 @@ a CRIU behind, and never take a dump for good that CRIU did not call good.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -83,6 +84,7 @@ def dump(
     the log's name are filled in here. `on_notify(name)` is called for each notification, on
     this thread, with CRIU waiting; False or an exception makes CRIU undo the dump. After
     `deadline_s` seconds, or `cancel`, CRIU is made to undo the dump, and killed if it does not.
+    A `cancel` after the notification "post-dump" comes too late: everything is written then.
 
     Raises CriuError; then the images are worthless and the processes live on, frozen if they
     were frozen before.
@@ -110,7 +112,7 @@ def dump(
     refrozen = None
     if opts.freeze_cgroup and origin is not None:
         refrozen = _put_freezer_back(opts.freeze_cgroup, origin)
-    raise _failure(criu, pid, log_path, conversation, answer, refrozen, origin)
+    raise conversation.failure(answer, log_path, refrozen)
 
 
 class _Conversation:
@@ -132,6 +134,7 @@ class _Conversation:
         self._start = time.monotonic()
         self.notifications: list[tuple[str, float]] = []
         self.seconds = 0.0
+        self.written = False  # CRIU has flushed the images and was told to go on
         self.stopped: str | None = None  # why we stopped CRIU, for the message
         self.killed = False
         self.ending = ""  # how CRIU ended without an answer
@@ -160,7 +163,8 @@ class _Conversation:
     def _until_answer(self, connection: Connection) -> rpc.CriuResp | None:
         limit = None if self._deadline_s is None else self._start + self._deadline_s
         while True:
-            data = connection.receive(limit, None if self.stopped else self._cancel)
+            deaf = self.stopped or self.written
+            data = connection.receive(limit, None if deaf else self._cancel)
             if data == b"":
                 return None
             if data is None:
@@ -182,33 +186,81 @@ class _Conversation:
             self._answer_notification(connection, answer)
 
     def _stop(self, connection: Connection) -> None:
-        if self._cancel is not None and self._cancel.cancelled:
+        if self._cancel is not None and self._cancel.cancelled and not self.written:
             self.stopped = "the dump was cancelled"
         else:
             self.stopped = f"the deadline of {self._deadline_s:g} s passed"
-        connection.starve()
+        if not self.written:
+            connection.starve()
 
     def _answer_notification(self, connection: Connection, answer: rpc.CriuResp) -> None:
         name = (answer.notify.script if answer.notify else None) or ""
         self.notifications.append((name, time.monotonic() - self._start))
         success = self.stopped is None and self._consent(name)
+        self.written = self.written or (success and name == "post-dump")
         reply = rpc.CriuReq(type=rpc.NOTIFY, notify_success=success)
-        try:
+        # Where CRIU has gone the next receive says so.
+        with contextlib.suppress(OSError):
             connection.send(reply.encode())
-        except OSError:
-            pass  # CRIU has gone: the next receive says so
 
     def _consent(self, name: str) -> bool:
         if self._on_notify is None:
             return True
         try:
             consent = self._on_notify(name)
-        except Exception as err:  # noqa: BLE001 (CRIU waits: whatever went wrong is a no)
+        except Exception as err:
             self.callback_error = err
             consent = False
         if not consent:
             self.refused = name
         return consent
+
+    def failure(
+        self, answer: rpc.CriuResp | None, log_path: str, refrozen: bool | None
+    ) -> CriuError:
+        """The error of a conversation that ended in anything but a good dump."""
+        log = read_log(log_path)
+        line = first_error(log)
+        errno = 0
+        if answer is not None:
+            errno = answer.cr_errno or 0
+            if line is None and answer.cr_errmsg:
+                line = answer.cr_errmsg.decode("utf-8", "replace").strip()
+        text = f"{self._criu} could not dump pid {self._pid}: {self._reason(answer, log, line)}"
+        if refrozen is False:
+            text += "; its freezer could not be put back to what it was before"
+        if log:
+            text += f"; log: {log_path}"
+        error = CriuError(
+            text,
+            log_path=log_path if log else None,
+            first_error=line,
+            errno=errno,
+            died=answer is None,
+            refrozen=refrozen,
+        )
+        error.__cause__ = self.callback_error
+        return error
+
+    def _reason(self, answer: rpc.CriuResp | None, log: str, line: str | None) -> str:
+        """Why it failed. What we did to CRIU comes before what its log says of that."""
+        if self.stopped:
+            killed = f", CRIU did not stop within {GRACE_S:g} s and was killed"
+            return self.stopped + (killed if self.killed else "")
+        if self.refused is not None:
+            why = f": {self.callback_error}" if self.callback_error else ""
+            return f"refused at {self.refused}{why}"
+        parts = []
+        if answer is None:
+            parts.append(f"CRIU ended without an answer ({self.ending})")
+        if line:
+            parts.append(line)
+            words = explain(log or line)
+            if words:
+                parts.append(words)
+        elif answer is not None:
+            parts.append(os.strerror(answer.cr_errno) if answer.cr_errno else "no reason given")
+        return "; ".join(parts)
 
 
 def _put_freezer_back(cgroup: str, origin: str) -> bool:
@@ -221,58 +273,6 @@ def _put_freezer_back(cgroup: str, origin: str) -> bool:
     if wanted == freezer.FROZEN:
         _wait_cured(cgroup)
     return freezer.put_back(cgroup, wanted, _FREEZE_TIMEOUT_S)
-
-
-def _failure(
-    criu: Swrk | Service,
-    pid: int,
-    log_path: str,
-    conversation: _Conversation,
-    answer: rpc.CriuResp | None,
-    refrozen: bool | None,
-    origin: str | None,
-) -> CriuError:
-    log = read_log(log_path)
-    line = first_error(log)
-    errno = 0
-    if answer is not None:
-        errno = answer.cr_errno or 0
-        if line is None and answer.cr_errmsg:
-            line = answer.cr_errmsg.decode("utf-8", "replace").strip()
-    parts = []
-    if conversation.stopped:
-        parts.append(conversation.stopped)
-        if conversation.killed:
-            parts.append(f"CRIU did not stop within {GRACE_S:g} s and was killed")
-    elif answer is None:
-        parts.append(f"CRIU ended without an answer ({conversation.ending})")
-    elif conversation.refused is not None:
-        why = f" ({conversation.callback_error})" if conversation.callback_error else ""
-        parts.append(f"refused at {conversation.refused}{why}")
-    if not conversation.stopped and conversation.refused is None:
-        if line:
-            parts.append(line)
-            words = explain(log or line)
-            if words:
-                parts.append(words)
-        elif errno:
-            parts.append(os.strerror(errno))
-    if refrozen is False:
-        wanted = "thawed" if origin == freezer.THAWED else "frozen"
-        parts.append(f"the container could not be {wanted} again as it was before")
-    text = f"{criu} could not dump pid {pid}: " + "; ".join(parts or ["no reason given"])
-    if log:
-        text += f"; log: {log_path}"
-    error = CriuError(
-        text,
-        log_path=log_path if log else None,
-        first_error=line,
-        errno=errno,
-        died=answer is None,
-        refrozen=refrozen,
-    )
-    error.__cause__ = conversation.callback_error
-    return error
 
 
 def _query(criu: Swrk | Service, request: rpc.CriuReq) -> rpc.CriuResp:
@@ -337,7 +337,5 @@ def _infected(pid: int) -> bool:
 
 def _forget(path: str) -> None:
     """A log of an earlier attempt must not explain this one."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass

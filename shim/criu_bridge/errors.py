@@ -87,8 +87,8 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         r"PAUSE_DEVICES failed",
         (
-            "the CUDA driver did not grant the lock in time: work was still in flight on the GPU, or "
-            "the process was frozen and could not answer; raise the lock timeout"
+            "the CUDA driver did not grant the lock in time: work was still in flight on the GPU, "
+            "or the process was frozen and could not answer; raise the lock timeout"
         ),
     ),
     (
@@ -126,6 +126,11 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         r"Connected TCP socket",
         "the container has open TCP connections: allow them with the option tcp_established",
+    ),
+    # criu/sockets.c, before 4.2: the kernel answers 16, SO_PASSCRED, for unix sockets only
+    (
+        r"Can't get 1:16 opt",
+        "this CRIU cannot dump network sockets on kernels from 6.16: use CRIU 4.2 or later",
     ),
     (
         r"inet: In-flight connection",

@@ -117,4 +117,4 @@ def _unescape(text: str) -> str:
 
 
 def _below(path: str, directory: str) -> bool:
-    return directory == "/" or path == directory or path.startswith(directory + "/")
+    return directory in ("/", path) or path.startswith(directory + "/")

@@ -8,6 +8,7 @@ its own and no parent-death signal; and it must never find the shim's log on its
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -176,10 +177,8 @@ class Connection:
         if self._child and self._status is None:
             import resource
 
-            try:
+            with contextlib.suppress(OSError):
                 resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (0, 0))
-            except OSError:
-                pass
 
     def kill(self, dumped_pid: int) -> None:
         """SIGKILL CRIU and what it started: our swrk's whole session, or the worker of the
@@ -188,10 +187,8 @@ class Connection:
             _kill_worker(self.pid, dumped_pid)
         elif self._status is None:
             # Not reaped yet, so the number is still its own.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, _SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def wait(self, timeout_s: float) -> bool:
         """Reap our swrk process; True when it has ended. A service is not ours to wait for:

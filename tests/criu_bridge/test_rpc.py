@@ -28,10 +28,9 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> descriptor_pb2.FileDescriptorProto:
     out = tmp_path_factory.mktemp("proto") / "criu_rpc.binpb"
+    flags = [f"-I{ROOT / 'proto'}", f"--descriptor_set_out={out}"]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}"]
-        + [f"--descriptor_set_out={out}", "criu_rpc.proto"],
-        check=True,
+        [sys.executable, "-m", "grpc_tools.protoc", *flags, "criu_rpc.proto"], check=True
     )
     return descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file[0]
 
