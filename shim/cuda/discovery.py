@@ -11,6 +11,8 @@ import os
 
 DEVICE_PREFIX = "/dev/nvidia"  # nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/...
 _LIBRARY = b"/libcuda.so"
+_EXITING = "exiting"
+_PF_EXITING = 0x4  # linux/sched.h; in the flags field of stat
 _V2_FROZEN = ("frozen 1",)
 _V1_FROZEN = ("FREEZING", "FROZEN")
 
@@ -52,13 +54,13 @@ def candidates(pids: list[int]) -> list[Candidate]:
 
 
 class ProcessGone(Exception):
-    """The process has exited (a zombie counts: it has no memory and no GPU any more)."""
+    """The process has exited, or is about to (a zombie has no memory and no GPU any more)."""
 
 
 def identify(pid: int, devices: bool = False) -> Candidate:
     """What /proc says of a process. Raises ProcessGone or OSError where it is not there."""
     state, start_time, comm = _stat(pid)
-    if state in "ZX":
+    if state == _EXITING:
         raise ProcessGone(pid)
     return Candidate(pid, start_time, _inner_pids(pid), comm, devices)
 
@@ -69,7 +71,7 @@ def alive(pid: int, start_time: int) -> bool:
         state, now_started, _ = _stat(pid)
     except OSError:
         return False
-    return now_started == start_time and state not in "ZX"
+    return now_started == start_time and state != _EXITING
 
 
 def holds_devices(pid: int) -> bool:
@@ -138,11 +140,13 @@ def appeared(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> lis
 
 
 def _stat(pid: int) -> tuple[str, int, str]:
-    """(state, start time, comm); comm may hold spaces and parentheses."""
+    """(state, start time, comm). State: as in proc(5), or _EXITING from the moment that the
+    memory of a dying process may be gone."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        head, _, tail = file.read().rpartition(")")
+        head, _, tail = file.read().rpartition(")")  # comm may hold spaces and parentheses
     fields = tail.split()
-    return fields[0], int(fields[19]), head.partition("(")[2]
+    exiting = fields[0] in "ZX" or int(fields[6]) & _PF_EXITING
+    return _EXITING if exiting else fields[0], int(fields[19]), head.partition("(")[2]
 
 
 def _inner_pids(pid: int) -> tuple[int, ...]:

@@ -369,7 +369,9 @@ def _act(action: str, process: Process, driver: Driver, timeout: float, argument
 
 
 def _ask(process: Process, driver: Driver) -> str:
-    """The state by the driver's word; "" where the process has no CUDA."""
+    """The state by the driver's word; "" where the process has no CUDA, or is no more."""
+    if not discovery.alive(process.pid, process.start_time):
+        return ""
     why = discovery.standstill(process.pid)
     if why:
         raise _NoAnswer(f"{process} cannot answer the driver: it is {why}")

@@ -1,12 +1,78 @@
-"""Fixtures for the CUDA side: a cgroup that freezes."""
+"""Fixtures for the CUDA side: a simulated GPU, processes on it, a driver, a cgroup that freezes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from shim.cuda import discovery
+from shim.cuda.driver import Driver
+from shim.cuda.engine import Policy
 from tests.cuda.freezer import Freezer
+from tests.cuda.simulated import Workload
+from tests.simgpu.simgpu import Kit, SimGpu, build, default_cache
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def kit() -> Kit:
+    return build(default_cache())
+
+
+@pytest.fixture
+def board(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimGpu:
+    """One GPU of the test's own, whose device is not below /dev."""
+    made = SimGpu(tmp_path / "gpus", kit).create()
+    monkeypatch.setattr(discovery, "DEVICE_PREFIX", made.host_env()["SIMGPU_DEV_PREFIX"])
+    return made
+
+
+@pytest.fixture
+def workload(board: SimGpu) -> Iterator[Callable[..., Workload]]:
+    """Starts workloads; by default with CUDA initialised and 4 MiB of device memory."""
+    started: list[Workload] = []
+
+    def start(*, cuda: bool = True, before: tuple[str, ...] = ()) -> Workload:
+        new = Workload(board, before=before)
+        started.append(new)
+        if cuda:
+            new.do("init")
+            new.do(f"hold {4 * MIB}")
+        return new
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def driver(kit: Kit) -> Iterator[Driver]:
+    made = Driver(sys.executable, str(kit.libcuda))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """Patient: only a test about a timeout uses a shorter one."""
+    return new_policy()
+
+
+def new_policy(
+    *, engine: str = "driver", lock_timeout: float = 60, copy_timeout: float = 60
+) -> Policy:
+    return Policy(
+        engine=engine,
+        lock_timeout=lock_timeout,
+        copy_timeout=copy_timeout,
+        plugin_dir="/nonexistent",
+        criu_version=lambda: (4, 1, 1),
+    )
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cuda.freezer import Freezer
-from tests.cuda.waiting import until
 
 from shim.cuda import discovery
+from tests.cuda.freezer import Freezer
+from tests.cuda.waiting import until
 
 MIB = 1 << 20
 
