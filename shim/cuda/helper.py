@@ -31,7 +31,7 @@ def main(library: str, nvidia_command: str) -> None:
     peer = socket.socket(fileno=3)
     try:
         cuda = LibCuda(library)
-    except (LibraryError, OSError) as error:
+    except Exception as error:  # whatever it is, the shim must hear of it
         peer.send(_line("failed", error))
         return
     backend: LibCuda | NvidiaCommand = cuda

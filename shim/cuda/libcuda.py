@@ -47,7 +47,7 @@ class LibCuda:
         self.path, self._lib = _load(path)
         version = ffi.new("int *")
         self.cuda_version: int = version[0] if self._lib.cuDriverGetVersion(version) == 0 else 0
-        self.missing = tuple(name for name in CALLS if not hasattr(self._lib, name))
+        self.missing = tuple(name for name in CALLS if not _has(self._lib, name))
 
     def error_name(self, code: int) -> str:
         """The driver's own name for a CUresult."""
@@ -118,6 +118,14 @@ def _load(path: str) -> tuple[str, Any]:
         f"no libcuda.so.1 on this node ({'; '.join(tried)}; nor under {DRIVER_ROOTS[0][:18]}): "
         "is the NVIDIA driver installed?"
     )
+
+
+def _has(library: Any, name: str) -> bool:
+    try:
+        getattr(library, name)
+    except (AttributeError, ffi.error):
+        return False
+    return True
 
 
 def version_text(cuda_version: int) -> str:

@@ -1,0 +1,159 @@
+"""The binding: what is loaded, what is missing, and that it is in step with its declarations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shim.cuda import declarations, engine, states
+from shim.cuda.driver import Driver, Library
+from shim.cuda.errors import CallAbandoned, LibraryError
+from shim.cuda.libcuda import LibCuda, parse_device_map
+from tests.cuda.conftest import new_policy
+from tests.simgpu.simgpu import Kit
+
+# A driver from before the checkpoint calls (r550: CUDA 12.4).
+OLD_LIBCUDA = """
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuGetErrorName(int code, const char **name) { (void)code; (void)name; return 1; }
+"""
+
+
+@pytest.fixture
+def old_libcuda(tmp_path: Path) -> Path:
+    source, library = tmp_path / "old.c", tmp_path / "libcuda.so.1"
+    source.write_text(OLD_LIBCUDA)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+def test_the_generated_declarations_are_in_step(tmp_path: Path) -> None:
+    fresh = tmp_path / "_libcuda.py"
+    declarations.generate(str(fresh))
+    assert fresh.read_text() == Path(declarations.GENERATED).read_text()
+
+
+def test_every_argument_structure_has_the_drivers_size() -> None:
+    from shim.cuda._libcuda import ffi
+
+    for name in ("lock_args", "checkpoint_args", "restore_args", "unlock_args"):
+        assert ffi.sizeof(name) == 64
+    assert ffi.sizeof("gpu_pair") == 32
+    assert ffi.offsetof("restore_args", "gpu_pairs_count") == 8
+
+
+def test_a_process_that_is_not_there_is_an_error_with_the_drivers_name(kit: Kit) -> None:
+    cuda = LibCuda(str(kit.libcuda))
+    assert cuda.missing == () and cuda.cuda_version == 13000
+    code, _ = cuda.state(2**22 + 1)
+    assert cuda.error_name(code) == "CUDA_ERROR_INVALID_VALUE"
+
+
+def test_an_old_driver_is_told_with_the_version_that_would_do(old_libcuda: Path) -> None:
+    cuda = LibCuda(str(old_libcuda))
+    assert "cuCheckpointProcessLock" in cuda.missing
+    with pytest.raises(LibraryError, match=r"CUDA 12\.4.*cuCheckpointProcessLock.*driver r570"):
+        cuda.lock(1, 0)
+    assert cuda.error_name(600) == "CUDA_ERROR_NOT_READY"
+
+
+def test_a_configured_library_that_cannot_be_loaded_is_no_reason_to_take_another(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(LibraryError, match="configured libcuda cannot be loaded"):
+        LibCuda(str(tmp_path / "libcuda.so.1"))
+
+
+def test_device_maps() -> None:
+    old, new = "GPU-00112233-4455-6677-8899-aabbccddeeff", "GPU-" + "0" * 31 + "1"
+    (pair,) = parse_device_map(f"{old}={new}")
+    assert pair == (bytes.fromhex("00112233445566778899aabbccddeeff"), bytes(15) + b"\1")
+    assert parse_device_map("") == []
+    for wrong in ("GPU-1=GPU-2", old, f"{old}={new},x"):
+        with pytest.raises(LibraryError, match="device map"):
+            parse_device_map(wrong)
+
+
+def test_the_helper_tells_what_it_loaded(kit: Kit, old_libcuda: Path) -> None:
+    with_calls = Driver(sys.executable, str(kit.libcuda))
+    library = with_calls.library()
+    assert (library.path, library.cuda_version) == (str(kit.libcuda), 13000)
+    assert library.missing == ()
+    with_calls.close()
+    without = Driver(sys.executable, str(old_libcuda))
+    assert len(without.library().missing) == 6
+    answer = without.call("state", 1, timeout=30)
+    assert not answer.ok and "driver r570" in answer.name
+    without.close()
+
+
+def test_a_helper_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match="cannot be started"):
+        Driver(str(tmp_path / "python3")).library()
+    with pytest.raises(LibraryError, match=r"ended while starting \(exit status 1\)"):
+        Driver("/bin/false").library()
+
+
+def test_a_closed_driver_starts_anew(kit: Kit) -> None:
+    driver = Driver(sys.executable, str(kit.libcuda))
+    for _ in range(2):
+        assert driver.call("state", 2**22 + 1, timeout=30).code == 1
+        driver.close()
+
+
+def test_a_helper_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shim.cuda.driver.START_SECONDS", 0.2)
+    monkeypatch.setattr("shim.cuda.driver._PROGRAM", "import time; time.sleep(600)")
+    with pytest.raises(CallAbandoned, match="did not load libcuda"):
+        Driver(sys.executable).library()
+
+
+# ---- which engine
+
+CALLS = Library("/lib/libcuda.so.1", 12080, ())
+NO_CALLS = Library("/lib/libcuda.so.1", 12040, ("cuCheckpointProcessLock",))
+
+
+def test_auto_takes_the_driver_where_it_has_the_calls() -> None:
+    assert engine.choose(new_policy(engine="auto"), CALLS) == "driver"
+
+
+def test_auto_takes_the_plugin_where_the_driver_is_too_old(tmp_path: Path) -> None:
+    (tmp_path / "cuda_plugin.so").touch()
+    policy = new_policy(engine="auto")
+    policy.plugin_dir = str(tmp_path)
+    assert engine.choose(policy, NO_CALLS) == "plugin"
+    policy.criu_version = lambda: (4, 0, 0)
+    with pytest.raises(LibraryError, match=r"driver: .*r570.* plugin: CRIU is 4\.0\.0"):
+        engine.choose(policy, NO_CALLS)
+
+
+def test_an_engine_that_was_asked_for_is_not_replaced_by_another() -> None:
+    with pytest.raises(LibraryError, match=r"driver engine cannot be used.*r570"):
+        engine.choose(new_policy(engine="driver"), NO_CALLS)
+    with pytest.raises(LibraryError, match=r"plugin engine cannot be used.*cuda_plugin\.so"):
+        engine.choose(new_policy(engine="plugin"), CALLS)
+
+
+def test_a_criu_that_cannot_be_asked_is_a_reason(tmp_path: Path) -> None:
+    def broken() -> tuple[int, int, int]:
+        raise OSError("no criu here")
+
+    (tmp_path / "cuda_plugin.so").touch()
+    policy = new_policy(engine="plugin")
+    policy.plugin_dir, policy.criu_version = str(tmp_path), broken
+    with pytest.raises(LibraryError, match="no criu here"):
+        engine.choose(policy, CALLS)
+
+
+def test_words_for_states() -> None:
+    assert [states.word(n) for n in range(5)] == [
+        "running",
+        "locked",
+        "checkpointed",
+        "failed",
+        "state 4",
+    ]
