@@ -185,9 +185,7 @@ def make_devices(root: str) -> None:
 def mount_root(order: dict[str, Any], scratch: str) -> str:
     """The node's root: the cached layers below, what the node writes on top of them."""
     mount("tmpfs", scratch, "tmpfs", 0, "mode=755")
-    root, work = f"{scratch}/root", f"{scratch}/work"
-    upper = order["upper"] or f"{scratch}/upper"
-    work = f"{order['upper']}.work" if order["upper"] else work
+    root, upper, work = f"{scratch}/root", f"{scratch}/upper", f"{scratch}/work"
     for directory in (root, upper, work):
         os.makedirs(directory, exist_ok=True)
     layers = ":".join(order["layers"])

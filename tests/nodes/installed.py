@@ -41,23 +41,17 @@ def make(node: Node, *words: str) -> str:
 
 
 def layer(name: str) -> Path:
-    """The layer that `make install` leaves on the bare node."""
+    """What `make install` puts on the bare node, as a layer to lie over its root."""
     texts = [(REPOSITORY / path).read_text() for path in _DECIDING]
     digest = cache.digest(roots.RECIPES[name].path, *texts)
-    made = cache.entry(
-        cache.directory() / "installed" / f"{name}-{digest}", lambda d: _make(name, d)
-    )
-    return made / "layer"
+    path = cache.directory() / "installed" / f"{name}-{digest}"
+    return cache.entry(path, lambda draft: _make(name, draft))
 
 
 def _make(name: str, draft: Path) -> None:
-    upper = draft / "layer"
-    with installing_node(name, upper=upper) as node:
+    with installing_node(name) as node:
         make(node, "install")
-    shutil.rmtree(f"{upper}.work")
-    # Emptied for the host's, which only the node with the host's network has.
-    for placeholder in ("resolv.conf", "hosts"):
-        (upper / "etc" / placeholder).unlink(missing_ok=True)
+        shutil.copytree(node.path("/usr/local"), draft / "usr/local", symlinks=True)
 
 
 def installed_node(name: str, **options: Any) -> Node:

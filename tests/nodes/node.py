@@ -92,7 +92,6 @@ class Node:
     cgroup: "v2", as on today's hosts, or "v1", where this host has v1 trees.
     network: "private" has nothing but a loopback; "host" is for what must download.
     layers: directories laid over the root, the last on top (an installed shim).
-    upper: where writes to the root go and stay, instead of to a tmpfs.
     binds: destination in the node -> file or directory of the host, shown read-only.
     """
 
@@ -103,14 +102,12 @@ class Node:
         cgroup: Literal["v1", "v2"] = "v2",
         network: Literal["private", "host"] = "private",
         layers: Sequence[Path] = (),
-        upper: Path | None = None,
         binds: Mapping[str, Path] | None = None,
     ) -> None:
         self.name = name
         self.cgroup = cgroup
         self.network = network
         self.layers = tuple(layers)
-        self.upper = upper
         self.binds = dict(binds or {})
         self.pid = 0
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -145,7 +142,6 @@ class Node:
             "private_network": self.network == "private",
             # overlayfs wants the topmost first
             "layers": [str(p) for p in (*reversed(self.layers), roots.root(self.name))],
-            "upper": str(self.upper) if self.upper else None,
             "binds": {target: str(source) for target, source in self.binds.items()},
         }
         read_answer, answer = os.pipe()
