@@ -24,16 +24,17 @@ class Call:
         self,
         service: str,
         method: str,
-        payload: bytes,
-        timeout: float | None,
-        metadata: dict[str, str],
-        connection: int,
+        payload: bytes = b"",
+        *,
+        timeout: float | None = None,
+        metadata: dict[str, str] | None = None,
+        connection: int = 0,
     ) -> None:
         self.service = service
         self.method = method
         self.payload = payload
         self.timeout = timeout
-        self.metadata = metadata
+        self.metadata = metadata or {}
         self.connection = connection
 
     def __repr__(self) -> str:

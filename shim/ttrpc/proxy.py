@@ -309,9 +309,9 @@ class Proxy:
             request.service,
             request.method,
             request.payload,
-            seconds(request.timeout_nano),
-            metadata_dict(request.metadata),
-            session.number,
+            timeout=seconds(request.timeout_nano),
+            metadata=metadata_dict(request.metadata),
+            connection=session.number,
         )
         thread = threading.Thread(
             target=self._run_call,

@@ -132,10 +132,11 @@ class _Connection:
         self._protocol = ServerConnection()
         self._lock = threading.Lock()  # guards the core and the order of what is written
         self._inputs: dict[int, ServerStream] = {}
+        self._calls: set[int] = set()  # stream ids of those whose handlers run
 
     @property
     def busy(self) -> bool:
-        return self._protocol.streams > 0
+        return bool(self._calls)
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="ttrpc server", daemon=True).start()
@@ -181,17 +182,19 @@ class _Connection:
 
     def _begin(self, event: RequestReceived) -> None:
         try:
-            if self._protocol.streams > _MAX_CALLS:
+            if len(self._calls) >= _MAX_CALLS:
                 raise StatusError(RESOURCE_EXHAUSTED, f"more than {_MAX_CALLS} calls at once")
             handler = self._server.find(event.service, event.method)
             answer = self._prepare(event, handler)
             thread = threading.Thread(
                 target=self._answer, args=(answer, event.stream_id), name="ttrpc call", daemon=True
             )
+            self._calls.add(event.stream_id)
             thread.start()
         except StatusError as error:
             self._fail(event.stream_id, error)
         except RuntimeError as error:  # no more threads to be had
+            self._calls.discard(event.stream_id)
             self._fail(event.stream_id, StatusError(RESOURCE_EXHAUSTED, str(error)))
 
     def _prepare(
@@ -201,9 +204,9 @@ class _Connection:
             event.service,
             event.method,
             event.payload,
-            event.timeout,
-            event.metadata,
-            self.number,
+            timeout=event.timeout,
+            metadata=event.metadata,
+            connection=self.number,
         )
         if not isinstance(handler, Streaming):
             return partial(handler, call)
@@ -225,6 +228,7 @@ class _Connection:
             self._fail(stream_id, as_status(error))
         finally:
             self._drop_input(stream_id)
+            self._calls.discard(stream_id)
             self._server.call_ended()
 
     def _fail(self, stream_id: int, status: StatusError) -> None:
