@@ -19,7 +19,7 @@ DEADLINE = 30.0
 
 
 def wait_for(what: str, done: Callable[[], bool]) -> None:
-    """Poll until `done`; the event is in another process's memory or file."""
+    """Poll until `done`; what is awaited is in another process's memory or file."""
     end = time.monotonic() + DEADLINE
     while not done():
         if time.monotonic() > end:
@@ -35,7 +35,11 @@ class Workload:
         command = [str(gpu.kit.workload), "--tick-ms", "10", "--status", str(status), *options]
         self.process = subprocess.Popen(command, env={**gpu.host_env(), **env})
         self.pid = self.process.pid
-        wait_for("first report", lambda: bool(self.reports()))
+        try:
+            wait_for("first report", lambda: bool(self.reports()))
+        except BaseException:
+            self.kill()
+            raise
 
     def reports(self, name: str = "main") -> list[Report]:
         suffix = "" if name == "main" else f".{name}"

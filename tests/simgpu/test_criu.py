@@ -105,7 +105,7 @@ def test_criu_refuses_an_attached_process_and_leaves_it_running(node: Node, gpu:
     status, log = container.checkpoint()
 
     assert status != 0
-    assert "chr" in log, log[-3000:]
+    assert "(chr " in log, log[-3000:]
     assert container.next_report().ok
 
 
@@ -136,4 +136,4 @@ def test_a_detached_tree_is_dumped_and_restored_whole(node: Node, gpu: SimGpu) -
     assert after.ok
     assert after.counter > counter
     assert (after.device, after.cpu, after.file) == (before.device, before.cpu, before.file)
-    assert [r.counter for r in container.reports()] == list(range(1, after.counter + 1))
+    assert [r.counter for r in container.reports()] == list(range(after.counter + 1))

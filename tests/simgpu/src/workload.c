@@ -240,7 +240,8 @@ static const char *word(bool b)
     return b ? "true" : "false";
 }
 
-/* The loop of every kind of process; `device` is 0 for one that holds no device memory. */
+/* The loop of every kind of process; `device` is 0 for one that holds no device memory. The report
+ * with counter 0 comes before the first launch: all is set up. */
 static void count(CUdeviceptr device, uint64_t *mirror, size_t words)
 {
     size_t cpu_words = opt.cpu_bytes / 8;
@@ -249,11 +250,12 @@ static void count(CUdeviceptr device, uint64_t *mirror, size_t words)
     uint64_t device_token = device ? digest(mirror, words, 0) : 0;
     uint64_t file_token = *opt.token_file ? file_digest() : 0;
 
-    for (unsigned long counter = 1; !stopping && (!opt.ticks || counter <= opt.ticks); counter++) {
+    for (unsigned long counter = 0; !stopping && (!opt.ticks || counter <= opt.ticks); counter++) {
         uint64_t cpu_now = digest(cpu, cpu_words, 0), device_now = 0;
         uint64_t file_now = *opt.token_file ? file_digest() : 0;
         if (device) {
-            check(cuda.add(device, words, 1, opt.busy_ms), "launch");
+            if (counter)
+                check(cuda.add(device, words, 1, opt.busy_ms), "launch");
             check(cuda.synchronize(), "cuCtxSynchronize");
             check(cuda.to_host(mirror, device, words * 8), "cuMemcpyDtoH");
             device_now = digest(mirror, words, counter);
