@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from shim.cuda import discovery
+from shim.cuda import discovery, record
 from shim.cuda.driver import Driver
 from shim.cuda.engine import Policy
 from tests.cuda.freezer import Freezer
@@ -17,6 +18,7 @@ from tests.cuda.simulated import Workload
 from tests.simgpu.simgpu import Kit, SimGpu, build, default_cache
 
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +57,37 @@ def driver(kit: Kit) -> Iterator[Driver]:
     made = Driver(sys.executable, str(kit.libcuda))
     yield made
     made.close()
+
+
+# A driver from before the checkpoint calls (r550: CUDA 12.4).
+OLD_LIBCUDA = """
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuGetErrorName(int code, const char **name) { (void)code; (void)name; return 1; }
+"""
+
+
+@pytest.fixture
+def old_libcuda(tmp_path: Path) -> Path:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    source, library = directory / "old.c", directory / "libcuda.so.1"
+    source.write_text(OLD_LIBCUDA)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@pytest.fixture
+def nvidia_command(kit: Kit, tmp_path: Path) -> Path:
+    """Stands for NVIDIA's binary beside a driver that has no API: our own command on the
+    simulated driver, as a program of its own."""
+    path = tmp_path / "nvidia" / "cuda-checkpoint"
+    path.parent.mkdir()
+    path.write_text(
+        f"#!/bin/sh\nunset {record.VARIABLE}\nLD_LIBRARY_PATH={kit.libcuda.parent} "
+        f'PYTHONPATH={ROOT} exec {sys.executable} -m shim.cuda.command "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture

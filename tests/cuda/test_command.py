@@ -12,14 +12,14 @@ import pytest
 
 from shim.cuda import command, engine, record, states
 from shim.cuda.driver import Driver
-from tests.cuda.conftest import new_policy
+from shim.cuda.suspension import Suspension
+from tests.cuda.conftest import ROOT, new_policy
 from tests.cuda.freezer import Freezer
 from tests.cuda.simulated import Workload
 from tests.simgpu.simgpu import Kit, SimGpu
 
 Start = Callable[..., Workload]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -147,9 +147,7 @@ def test_senseless_arguments_are_told_apart(
 
 
 @pytest.fixture
-def locked(
-    workload: Start, driver: Driver, tmp_path: Path
-) -> tuple[Workload, Path, engine.Suspension]:
+def locked(workload: Start, driver: Driver, tmp_path: Path) -> tuple[Workload, Path, Suspension]:
     """A process that the plugin engine has locked, and the record of it."""
     (tmp_path / "cuda_plugin.so").touch()
     policy = new_policy(engine="plugin")
@@ -162,7 +160,7 @@ def locked(
 
 
 def test_questions_about_a_frozen_process_are_answered_from_the_record(
-    locked: tuple[Workload, Path, engine.Suspension], run: Run, freezer: Freezer
+    locked: tuple[Workload, Path, Suspension], run: Run, freezer: Freezer
 ) -> None:
     one, path, suspension = locked
     tid = suspension.processes[0].restore_tid
@@ -176,7 +174,7 @@ def test_questions_about_a_frozen_process_are_answered_from_the_record(
 
 
 def test_a_process_outside_the_record_has_no_cuda_and_the_driver_is_not_asked(
-    locked: tuple[Workload, Path, engine.Suspension], workload: Start, run: Run, board: SimGpu
+    locked: tuple[Workload, Path, Suspension], workload: Start, run: Run, board: SimGpu
 ) -> None:
     _, path, _ = locked
     other = workload()
@@ -187,7 +185,7 @@ def test_a_process_outside_the_record_has_no_cuda_and_the_driver_is_not_asked(
 
 
 def test_actions_are_carried_out_and_noted(
-    locked: tuple[Workload, Path, engine.Suspension], run: Run, driver: Driver
+    locked: tuple[Workload, Path, Suspension], run: Run, driver: Driver
 ) -> None:
     one, path, _ = locked
     for action, state in (
@@ -204,7 +202,7 @@ def test_actions_are_carried_out_and_noted(
 
 
 def test_an_action_that_fails_is_told_and_not_noted(
-    locked: tuple[Workload, Path, engine.Suspension], run: Run, board: SimGpu
+    locked: tuple[Workload, Path, Suspension], run: Run, board: SimGpu
 ) -> None:
     one, path, _ = locked
     board.fault("checkpoint=304", one.pid)
@@ -214,7 +212,7 @@ def test_an_action_that_fails_is_told_and_not_noted(
 
 
 def test_an_action_that_hangs_ends_at_the_records_timeout(
-    locked: tuple[Workload, Path, engine.Suspension], run: Run, board: SimGpu
+    locked: tuple[Workload, Path, Suspension], run: Run, board: SimGpu
 ) -> None:
     one, path, suspension = locked
     record.write(str(path), suspension, nvidia_command="", timeout=1)
@@ -222,3 +220,22 @@ def test_an_action_that_hangs_ends_at_the_records_timeout(
     done = run("--action", "checkpoint", "--pid", one.pid, record_path=path)
     assert done.returncode != 0
     board.fault("", one.pid)
+
+
+def test_where_libcuda_lacks_the_calls_nvidias_command_carries_them_out(
+    locked: tuple[Workload, Path, Suspension],
+    run: Run,
+    driver: Driver,
+    old_libcuda: Path,
+    nvidia_command: Path,
+) -> None:
+    one, path, suspension = locked
+    suspension.library = str(old_libcuda)
+    record.write(str(path), suspension, nvidia_command="", timeout=60)
+    done = run("--action", "unlock", "--pid", one.pid, record_path=path)
+    assert done.returncode == 1 and "driver r570" in done.stderr
+
+    record.write(str(path), suspension, nvidia_command=str(nvidia_command), timeout=60)
+    done = run("--action", "unlock", "--pid", one.pid, record_path=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert driver.call("state", one.pid, timeout=30).value == states.WORDS.index("running")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +13,6 @@ from shim.cuda.errors import CallAbandoned, LibraryError
 from shim.cuda.libcuda import LibCuda, parse_device_map
 from tests.cuda.conftest import new_policy
 from tests.simgpu.simgpu import Kit
-
-# A driver from before the checkpoint calls (r550: CUDA 12.4).
-OLD_LIBCUDA = """
-int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
-int cuGetErrorName(int code, const char **name) { (void)code; (void)name; return 1; }
-"""
-
-
-@pytest.fixture
-def old_libcuda(tmp_path: Path) -> Path:
-    source, library = tmp_path / "old.c", tmp_path / "libcuda.so.1"
-    source.write_text(OLD_LIBCUDA)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return library
 
 
 def test_the_generated_declarations_are_in_step(tmp_path: Path) -> None:

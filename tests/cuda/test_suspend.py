@@ -234,6 +234,33 @@ def test_the_plugin_engine_only_locks(workload: Start, driver: Driver, tmp_path:
     assert state_of(driver, one.pid) == states.RUNNING
 
 
+def test_on_an_old_driver_the_plugin_engine_locks_through_nvidias_command(
+    board: SimGpu,
+    workload: Start,
+    driver: Driver,
+    old_libcuda: Path,
+    nvidia_command: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "cuda_plugin.so").touch()
+    policy = new_policy(engine="auto")
+    policy.plugin_dir = str(tmp_path)
+    old = Driver(sys.executable, str(old_libcuda), str(nvidia_command))
+    one, idle = workload(), workload(cuda=False)
+
+    suspension = engine.suspend(pids_of(one, idle), old, policy)
+
+    assert suspension.engine == "plugin"
+    assert [p.pid for p in suspension.processes] == [one.pid]
+    assert state_of(driver, one.pid) == states.LOCKED
+    engine.resume(suspension, old, policy)
+    assert state_of(driver, one.pid) == states.RUNNING
+    board.fault("lock=304", one.pid)
+    with pytest.raises(CudaError, match=f"--action lock: exit status 1: .*{one.pid}.*304"):
+        engine.suspend(pids_of(one), old, policy)
+    old.close()
+
+
 def test_a_process_that_gets_cuda_during_the_suspension_is_taken_too(
     board: SimGpu, workload: Start, driver: Driver, policy: Policy
 ) -> None:

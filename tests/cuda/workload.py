@@ -32,9 +32,9 @@ def command(cuda: ctypes.CDLL, word: str, argument: int) -> object:
         case "digest":
             digest = hashlib.sha256()
             for pointer, size in held:
-                data = ctypes.create_string_buffer(size)
-                check(cuda.cuMemcpyDtoH_v2(data, pointer, ctypes.c_size_t(size)))
-                digest.update(data.raw)
+                copy = ctypes.create_string_buffer(size)
+                check(cuda.cuMemcpyDtoH_v2(copy, pointer, ctypes.c_size_t(size)))
+                digest.update(copy.raw)
             return digest.hexdigest()
         case "busy":  # milliseconds of work in flight
             check(cuda.simgpuLaunchBusy(argument))
