@@ -128,14 +128,15 @@ def appeared(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> lis
     neighbours, so a new range may be a part of one in `after`."""
     new = []
     for start, end in after:
+        rest = start
         for old_start, old_end in before:
-            if old_end <= start or old_start >= end:
+            if old_end <= rest or old_start >= end:
                 continue
-            if old_start > start:
-                new.append((start, old_start))
-            start = min(old_end, end)
-        if start < end:
-            new.append((start, end))
+            if old_start > rest:
+                new.append((rest, old_start))
+            rest = min(old_end, end)
+        if rest < end:
+            new.append((rest, end))
     return sorted(new, key=lambda r: r[0] - r[1])
 
 

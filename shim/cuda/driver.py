@@ -65,18 +65,23 @@ class Driver:
         self._helper: _Helper | None = None
 
     def library(self) -> Library:
-        """What the calls go to. Raises LibraryError where there is none."""
+        """What the calls go to. Raises LibraryError where there is none, HelperDied or
+        CallAbandoned where the helper does not start."""
         return self._current().wait_until_ready()
 
     def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
         """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
         (argument: device map) or unlock. Returns within `timeout` seconds of the helper being up.
 
-        Raises CallAbandoned after that, HelperDied where the helper went away meanwhile,
-        LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an Answer."""
-        helper = self._current()
-        helper.wait_until_ready()
-        call = helper.send(action, pid, argument)
+        Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does
+        not start, LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an
+        Answer."""
+        while True:
+            helper = self._current()
+            helper.wait_until_ready()
+            call = helper.send(action, pid, argument)
+            if call is not None:
+                break  # else it was given up or died before it got the call: a fresh one
         if call.came_back.wait(timeout):
             if call.answer is None:
                 raise HelperDied(
@@ -99,7 +104,7 @@ class Driver:
 
     def _current(self) -> _Helper:
         with self._guard:
-            if self._helper is None or self._helper.gone:
+            if self._helper is None or self._helper.useless:
                 self._helper = _Helper(*self._arguments)
             return self._helper
 
@@ -126,20 +131,19 @@ class _Helper:
         self._guard = threading.Lock()
         self._calls: dict[int, _Call] = {}
         self._last_number = 0
-        self._retired = False
         self._ready = threading.Event()
         self._library: Library | None = None
-        self._failure = ""
-        self.gone = False
+        self._why_none = ""  # no libcuda
+        self._why_broken = ""
+        self.useless = False  # died, or is given up because a call hangs in it
+        self._reaped = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self.pid = _spawn(python, [_ROOT, library, nvidia_command], theirs)
             self._pidfd = os.pidfd_open(self.pid)
         except OSError as error:
             self._socket.close()
-            raise LibraryError(
-                f"the CUDA helper cannot be started with {python}: {error}"
-            ) from error
+            raise HelperDied(f"the CUDA helper cannot be started: {python}: {error}") from error
         finally:
             theirs.close()
         threading.Thread(target=self._read, name="cuda-helper", daemon=True).start()
@@ -151,28 +155,31 @@ class _Helper:
                 f"the CUDA helper (pid {self.pid}) did not load libcuda "
                 f"within {START_SECONDS:.0f} s"
             )
+        if self._why_none:
+            raise LibraryError(self._why_none)
         if self._library is None:
-            raise LibraryError(self._failure)
+            raise HelperDied(f"the CUDA helper (pid {self.pid}) did not start: {self._why_broken}")
         return self._library
 
-    def send(self, action: str, pid: int, argument: str) -> _Call:
+    def send(self, action: str, pid: int, argument: str) -> _Call | None:
+        """Sends a call off; None where this helper takes none any more."""
         call = _Call()
         with self._guard:
+            if self.useless:
+                return None
             self._last_number += 1
             message = f"{self._last_number}\t{action}\t{pid}\t{argument}".encode()
             try:
                 self._socket.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError as error:
-                raise HelperDied(
-                    f"pid {pid}: the CUDA helper (pid {self.pid}) is gone, the driver's {action} "
-                    f"call was not made: {error}"
-                ) from error
+            except OSError:
+                self.useless = True
+                return None
             self._calls[self._last_number] = call
         return call
 
     def abandon(self, call: _Call) -> None:
         with self._guard:
-            self._retired = True
+            self.useless = True
             self._calls = {number: c for number, c in self._calls.items() if c is not call}
             done = not self._calls
         if done:
@@ -184,8 +191,9 @@ class _Helper:
         import signal
 
         with self._guard:
-            if self.gone:
+            if self._reaped:
                 return
+            self.useless = True
             try:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -205,13 +213,15 @@ class _Helper:
             _, path, version, missing = fields
             self._library = Library(path, int(version), tuple(filter(None, missing.split(","))))
             self._ready.set()
-        elif fields[0] == "failed":
-            self._failure = fields[1]
+        elif fields[0] == "none":
+            self._why_none = fields[1]
+        elif fields[0] == "broken":
+            self._why_broken = fields[1]
         else:
             number, code, name, value, started, ended = fields
             with self._guard:
                 call = self._calls.pop(int(number), None)
-                done = self._retired and not self._calls
+                done = self.useless and not self._calls
             if call is not None:
                 call.answer = Answer(int(code), name, int(value), float(started), float(ended))
                 call.came_back.set()
@@ -220,7 +230,7 @@ class _Helper:
 
     def _end(self) -> None:
         with self._guard:
-            self.gone = True
+            self.useless = self._reaped = True
             calls, self._calls = self._calls, {}
             self._socket.close()
             os.close(self._pidfd)
@@ -232,7 +242,7 @@ class _Helper:
             ending = f"exit status {os.waitstatus_to_exitcode(status)}"
         except ChildProcessError:  # somebody else reaped it
             ending = "unknown exit status"
-        self._failure = self._failure or f"the CUDA helper ended while starting ({ending})"
+        self._why_broken = self._why_broken or ending
         self._ready.set()
 
 

@@ -19,6 +19,7 @@ from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
 from shim.cuda.suspension import Process, Suspension, from_candidate
 
 ANSWER_SECONDS = 10.0  # for a question about a process that runs (measured: 0.4 ms)
+PATIENT_SECONDS = 60.0  # where a copy that was given up may still go on (17 GB took 9 s)
 GRACE_SECONDS = 3.0  # what a driver call may take past the timeout it was given itself
 GONE = "gone"  # the process exited, or runs another program by now
 FIRST_PLUGIN_CRIU = (4, 1, 0)  # the first that takes a locked process in a frozen cgroup
@@ -156,14 +157,13 @@ def resume_restored(
         process = from_candidate(twin)
         process.before = record.before
         restored.append(process)
-    errors, _ = _in_parallel(
-        restored,
-        lambda process: (
-            _verify(process, driver, states.RUNNING, "after the restore by CRIU's CUDA plugin")
-            if engine == "plugin"
-            else _bring_back(process, states.RUNNING, driver, policy, device_map)
-        ),
-    )
+
+    def give_back(process: Process) -> None:
+        if engine != "plugin":
+            _bring_back(process, states.RUNNING, driver, policy, device_map)
+        _verify(process, driver, states.RUNNING, "after the restore")
+
+    errors, _ = _in_parallel(restored, give_back)
     failures = absent + [str(error) for error in errors]
     if failures:
         raise CudaError(
@@ -260,7 +260,7 @@ class _Suspend:
                     timeout=left + GRACE_SECONDS,
                     argument=str(max(int(left * 1000), 1)),
                 )
-                self.step(process, "lock", answer)
+                _note(process, "lock", answer, self.began)
                 if not answer.ok:
                     raise CudaError(
                         f"{process}: not locked within {self.policy.lock_timeout:.0f} s: "
@@ -290,7 +290,7 @@ class _Suspend:
         try:
             before = discovery.anonymous_memory(process.pid)
             answer = self.driver.call("checkpoint", process.pid, timeout=self.policy.copy_timeout)
-            self.step(process, "checkpoint", answer)
+            _note(process, "checkpoint", answer, self.began)
             if not answer.ok:
                 raise CudaError(
                     f"{process}: device memory was not copied to the host: {_reason(answer)}"
@@ -308,12 +308,6 @@ class _Suspend:
         else:
             process.note = "the driver reports a copy, but no memory appeared in the process"
 
-    def step(self, process: Process, name: str, answer: Answer) -> None:
-        process.steps[name] = {
-            "at": answer.started - self.began,
-            "seconds": answer.ended - answer.started,
-        }
-
     def undone(self, error: Exception) -> CudaError:
         """Puts everything back and tells what became of it."""
         touched = self.suspension.processes[::-1]
@@ -322,8 +316,9 @@ class _Suspend:
         )
         text = f"the GPU could not be suspended: {error}"
         if touched:
-            text += ". Undone, by the driver's word: " + ", ".join(
-                f"{process} {process.state}" for process in touched
+            text += ". Now, by the driver's word: " + ", ".join(
+                f"{p} {'running again' if p.state == states.RUNNING else p.state.split(':')[0]}"
+                for p in touched
             )
         if errors:
             text += ". Not undone: " + "; ".join(map(str, errors))
@@ -341,12 +336,21 @@ def _bring_back(
 ) -> None:
     """From whatever state the driver reports to `target`. Leaves in `process.state` what the
     driver said last, GONE, or "unknown: <why>"."""
-    try:
+    began = time.monotonic()
+
+    def act(action: str, timeout: float, argument: str = "") -> None:
+        answer = driver.call(action, process.pid, timeout=timeout, argument=argument)
+        _note(process, action, answer, began)
         process.state = _ask(process, driver) or GONE
+        if not answer.ok and process.state != GONE:
+            raise CudaError(f"{process}: {action} failed: {_reason(answer)}; it is {process.state}")
+
+    try:
+        process.state = _ask(process, driver, PATIENT_SECONDS) or GONE
         if process.state == states.CHECKPOINTED != target:
-            _act("restore", process, driver, policy.copy_timeout, device_map)
+            act("restore", policy.copy_timeout, device_map)
         if process.state == states.LOCKED and target == states.RUNNING:
-            _act("unlock", process, driver, ANSWER_SECONDS)
+            act("unlock", ANSWER_SECONDS)
         if process.state not in (target, GONE):
             raise CudaError(f"{process}: is {process.state}, should be {target}")
     except CudaError as error:
@@ -358,24 +362,14 @@ def _bring_back(
         raise
 
 
-def _act(action: str, process: Process, driver: Driver, timeout: float, argument: str = "") -> None:
-    """One step back, and the driver's word on where that led."""
-    began = time.monotonic()
-    answer = driver.call(action, process.pid, timeout=timeout, argument=argument)
-    process.steps[action] = {"at": 0.0, "seconds": time.monotonic() - began}
-    process.state = _ask(process, driver) or GONE
-    if not answer.ok and process.state != GONE:
-        raise CudaError(f"{process}: {action} failed: {_reason(answer)}; it is {process.state}")
-
-
-def _ask(process: Process, driver: Driver) -> str:
+def _ask(process: Process, driver: Driver, timeout: float = ANSWER_SECONDS) -> str:
     """The state by the driver's word; "" where the process has no CUDA, or is no more."""
     if not discovery.alive(process.pid, process.start_time):
         return ""
     why = discovery.standstill(process.pid)
     if why:
         raise _NoAnswer(f"{process} cannot answer the driver: it is {why}")
-    answer = driver.call("state", process.pid, timeout=ANSWER_SECONDS)
+    answer = driver.call("state", process.pid, timeout=timeout)
     if answer.ok:
         return states.word(answer.value)
     if answer.code == states.NOT_INITIALIZED:
@@ -387,6 +381,10 @@ def _verify(process: Process, driver: Driver, wanted: str, when: str) -> None:
     process.state = _ask(process, driver)
     if process.state != wanted:
         raise CudaError(f"{process}: {process.state or 'without CUDA'} {when}, not {wanted}")
+
+
+def _note(process: Process, step: str, answer: Answer, began: float) -> None:
+    process.steps[step] = {"at": answer.started - began, "seconds": answer.ended - answer.started}
 
 
 def _reason(answer: Answer) -> str:

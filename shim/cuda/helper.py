@@ -4,7 +4,8 @@ A driver call about a process that cannot answer never returns. Here that costs 
 process that can be killed; in the shim it would cost the pod. Talks over a SEQPACKET socket, one
 message a packet, fields separated by tabs, times in seconds of CLOCK_MONOTONIC:
 
-    helper: ready <libcuda> <CUDA version> <missing calls, comma-separated>   or   failed <why>
+    helper: ready <libcuda> <CUDA version> <missing calls, comma-separated>
+            or: none <why there is no libcuda>   or: broken <what is wrong with the helper>
     shim:   <id> <action> <pid> <argument>
     helper: <id> <CUresult> <its name, or why> <value> <started> <ended>
 
@@ -20,8 +21,11 @@ import time
 
 from shim.cuda import states
 from shim.cuda.errors import LibraryError
-from shim.cuda.libcuda import LibCuda
-from shim.cuda.nvidia_command import NvidiaCommand
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.cuda.libcuda import LibCuda
+    from shim.cuda.nvidia_command import NvidiaCommand
 
 LARGEST_MESSAGE = 65536
 
@@ -30,13 +34,18 @@ def main(library: str, nvidia_command: str) -> None:
     """Serves the socket on fd 3 until it is closed."""
     peer = socket.socket(fileno=3)
     try:
+        from shim.cuda.libcuda import LibCuda
+        from shim.cuda.nvidia_command import NvidiaCommand
+
         cuda = LibCuda(library)
-    except Exception as error:  # whatever it is, the shim must hear of it
-        peer.send(_line("failed", error))
+    except LibraryError as error:
+        peer.send(_line("none", error))
         return
-    backend: LibCuda | NvidiaCommand = cuda
-    if cuda.missing and nvidia_command:
-        backend = NvidiaCommand(nvidia_command)
+    except Exception as error:  # cffi is not installed, say: nobody reads our stderr
+        peer.send(_line("broken", error))
+        return
+    use_command = bool(cuda.missing and nvidia_command)
+    backend = NvidiaCommand(nvidia_command) if use_command else cuda
     peer.send(_line("ready", cuda.path, cuda.cuda_version, ",".join(cuda.missing)))
 
     while request := peer.recv(LARGEST_MESSAGE):

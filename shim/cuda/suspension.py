@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     Plain = dict[str, Any]  # what JSON can hold
 
-Step = dict[str, float]  # {"at": seconds after the suspension began, "seconds": how long it took}
+# {"at": seconds after the suspension (or the way back) began, "seconds": how long it took}
+Step = dict[str, float]
 
 
 class Process:

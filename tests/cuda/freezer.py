@@ -38,7 +38,7 @@ class Freezer:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         (self._directory / self._switch).write_text(self._on)
-        until(lambda: self._is_frozen())
+        until(self._is_frozen)
         try:
             yield
         finally:

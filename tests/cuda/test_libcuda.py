@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 
 from shim.cuda import declarations, engine, states
 from shim.cuda.driver import Driver, Library
-from shim.cuda.errors import CallAbandoned, LibraryError
+from shim.cuda.errors import CallAbandoned, HelperDied, LibraryError
 from shim.cuda.libcuda import LibCuda, parse_device_map
 from tests.cuda.conftest import new_policy
 from tests.simgpu.simgpu import Kit
@@ -76,10 +77,16 @@ def test_the_helper_tells_what_it_loaded(kit: Kit, old_libcuda: Path) -> None:
 
 
 def test_a_helper_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(LibraryError, match="cannot be started"):
+    with pytest.raises(HelperDied, match="cannot be started"):
         Driver(str(tmp_path / "python3")).library()
-    with pytest.raises(LibraryError, match=r"ended while starting \(exit status 1\)"):
+    with pytest.raises(HelperDied, match="did not start: exit status 1"):
         Driver("/bin/false").library()
+
+
+def test_a_helper_without_cffi_says_so(tmp_path: Path) -> None:
+    venv.create(tmp_path)
+    with pytest.raises(HelperDied, match="No module named '_cffi_backend'"):
+        Driver(str(tmp_path / "bin" / "python3")).library()
 
 
 def test_a_closed_driver_starts_anew(kit: Kit) -> None:

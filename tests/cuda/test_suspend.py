@@ -142,7 +142,7 @@ def test_a_lock_that_is_never_granted_names_the_pid_and_everything_runs_again(
     text = str(caught.value)
     assert f"pid {stuck.pid}" in text and "not locked within 1 s" in text
     assert "work in flight did not end" in text
-    assert f"pid {good.pid} ({comm(good)}) running" in text
+    assert f"pid {good.pid} ({comm(good)}) running again" in text
     assert caught.value.states == {good.pid: states.RUNNING, stuck.pid: states.RUNNING}
     for one in (good, stuck):
         assert state_of(driver, one.pid) == states.RUNNING
@@ -374,8 +374,9 @@ def test_a_helper_killed_in_the_middle_is_an_error_and_a_new_one_undoes(
 
 
 def test_a_driver_that_hangs_is_reported_and_given_up(
-    board: SimGpu, workload: Start, driver: Driver
+    board: SimGpu, workload: Start, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine, "PATIENT_SECONDS", 1)
     good, hung = workload(), workload()
     board.fault("checkpoint=hang", hung.pid)
     with pytest.raises(CudaError) as caught:
@@ -473,6 +474,16 @@ def test_a_process_that_did_not_come_back_is_named_and_the_others_run(
             pids_of(one), [*suspension.processes, absent], driver, policy, engine="driver"
         )
     assert caught.value.states == {one.pid: states.RUNNING}
+
+
+def test_a_restored_process_without_cuda_has_not_come_back(
+    workload: Start, driver: Driver, policy: Policy
+) -> None:
+    idle = workload(cuda=False)
+    found = discovery.identify(idle.pid)
+    record = Process(1, 1, found.inner, found.comm, before=states.RUNNING)
+    with pytest.raises(CudaError, match="without CUDA after the restore, not running"):
+        engine.resume_restored(pids_of(idle), [record], driver, policy, engine="driver")
 
 
 def test_with_the_plugin_engine_a_restored_process_must_run_by_then(
