@@ -480,7 +480,8 @@ def test_an_allocation_needs_room(small_gpu: SimGpu, tmp_path: Path) -> None:
 
 def test_restore_onto_other_gpus(kit: Kit, tmp_path: Path) -> None:
     gpu = SimGpu(tmp_path / "two", kit, gpus=2, capacity=8 * MIB).create()
-    work = Workload(gpu, tmp_path / "status")
+    six = ["--bytes", str(6 * MIB)]
+    work = Workload(gpu, tmp_path / "status", *six)
     a, b = SimGpu.uuid(0), SimGpu.uuid(1)
     try:
         suspend(gpu, work.pid)
@@ -491,10 +492,14 @@ def test_restore_onto_other_gpus(kit: Kit, tmp_path: Path) -> None:
         assert gpu.library.restore(work.pid, [(a, b), (b, a)]) == SUCCESS
         assert gpu.library.unlock(work.pid) == SUCCESS
         work.goes_on()
-        # And its GPU is now the other one.
+        # Its GPU is now the other one. Where the first has no room, it is still to be had there.
         suspend(gpu, work.pid)
-        assert gpu.library.restore(work.pid, [(b, a), (a, b)]) == SUCCESS
-        assert gpu.library.unlock(work.pid) == SUCCESS
-        work.goes_on()
+        other = Workload(gpu, tmp_path / "other", *six)
+        try:
+            assert gpu.library.restore(work.pid, [(b, a), (a, b)]) == OUT_OF_MEMORY
+            resume(gpu, work.pid)
+            work.goes_on()
+        finally:
+            other.kill()
     finally:
         work.kill()

@@ -186,10 +186,19 @@ void board_close_inherited(void)
     }
 }
 
+/* A page changes hands with nothing of its old contents: a restore that copies too little shows. */
+static bool scrub(struct sim_gpu *g, uint32_t page)
+{
+    static char junk[SIM_PAGE];
+    memset(junk, 0xdb, sizeof junk);
+    return pwrite(g->memory_fd, junk, SIM_PAGE, (off_t)page * SIM_PAGE) == SIM_PAGE;
+}
+
 /* Gives board pages to the device pages [first, end), all of them or only those in use. */
 static CUresult take(struct sim_gpu *g, uint32_t first, uint32_t end, bool mapped_only)
 {
     uint32_t need = 0, free_pages = 0, next = 0;
+    bool clean = true;
 
     if (!table_begin(g))
         return CUDA_ERROR_OPERATING_SYSTEM;
@@ -208,8 +217,9 @@ static CUresult take(struct sim_gpu *g, uint32_t first, uint32_t end, bool mappe
             next++;
         table[next] = g->slot;
         g->pages[d] = next + 1;
+        clean = clean && scrub(g, next);
     }
-    return table_end(g, true) ? CUDA_SUCCESS : CUDA_ERROR_OPERATING_SYSTEM;
+    return table_end(g, true) && clean ? CUDA_SUCCESS : CUDA_ERROR_OPERATING_SYSTEM;
 }
 
 CUresult board_take(struct sim_gpu *g, uint32_t first, uint32_t count)
