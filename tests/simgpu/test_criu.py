@@ -1,4 +1,5 @@
-"""The simulated GPU before a real CRIU: refused while attached, dumped and restored while not."""
+"""The simulated GPU before a real CRIU: refused while attached, dumped and restored while not, and
+suspended by CRIU's own CUDA plugin, which lets the restore thread alone run."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.nodes.node import Node
+from tests.nodes import cuda_plugin
+from tests.nodes.node import ENVIRONMENT, Node
 from tests.simgpu import simgpu
 from tests.simgpu.conftest import wait_for
 from tests.simgpu.simgpu import CHECKPOINTED, KIT, RUNNING, SUCCESS, WORKLOAD, SimGpu
@@ -23,10 +25,44 @@ IMAGES = "/root/images"
 OPTIONS = ["--tcp-established", "--file-locks"]
 
 
+PLUGIN = "/root/plugin"
+COMMAND = f"""\
+#!/usr/bin/python3
+import ctypes, sys
+cuda = ctypes.CDLL("{KIT}/lib/libcuda.so.1")
+if "-h" in sys.argv:
+    sys.exit(print("--action"))
+pid, value = int(sys.argv[sys.argv.index("--pid") + 1]), ctypes.c_int()
+if "--get-restore-tid" in sys.argv:
+    code = cuda.cuCheckpointProcessGetRestoreThreadId(pid, ctypes.byref(value))
+    print(value.value)
+elif "--get-state" in sys.argv:
+    code = cuda.cuCheckpointProcessGetState(pid, ctypes.byref(value))
+    print(["running", "locked", "checkpointed", "failed"][value.value])
+else:
+    action = sys.argv[sys.argv.index("--action") + 1]
+    code = getattr(cuda, "cuCheckpointProcess" + action.capitalize())(pid, None)
+sys.exit(code != 0)
+"""
+
+
 @pytest.fixture(params=["13", "forky"])
 def node(request: pytest.FixtureRequest, kit: Kit) -> Iterator[Node]:
     with Node(request.param, binds={KIT: kit.root}) as node:
         yield node
+
+
+def install_plugin(node: Node) -> dict[str, str]:
+    """CRIU's CUDA plugin with a `cuda-checkpoint`; returns the environment that makes it run."""
+    node.path(f"{PLUGIN}/bin").mkdir(parents=True)
+    (built,) = cuda_plugin.directory(node.name).iterdir()
+    node.path(f"{PLUGIN}/{built.name}").write_bytes(built.read_bytes())
+    command = node.path(f"{PLUGIN}/bin/cuda-checkpoint")
+    command.write_text(COMMAND)
+    command.chmod(0o755)
+    node.path("/etc/criu").mkdir(exist_ok=True)
+    node.path("/etc/criu/runc.conf").write_text(f"libdir {PLUGIN}\n")
+    return {"CRIU_FAULT": "138", "PATH": f"{PLUGIN}/bin:{ENVIRONMENT['PATH']}"}
 
 
 class Container:
@@ -55,11 +91,11 @@ class Container:
         config.write_text(json.dumps(spec))
         self.runc("run", "--detach", "--bundle", BUNDLE)
 
-    def runc(self, command: str, *options: str) -> None:
+    def runc(self, command: str, *options: str, **env: str) -> None:
         """Like containerd, with the container's stdio elsewhere than in a file of ours."""
         argv = ["runc", "--log", "/root/log", command, *options, "one"]
         null = subprocess.DEVNULL
-        process = self.node.popen(argv, stdin=null, stdout=null, stderr=null)
+        process = self.node.popen(argv, env=env, stdin=null, stdout=null, stderr=null)
         assert process.wait(60) == 0, self.node.path("/root/log").read_text()
 
     def pid(self) -> int:
@@ -75,16 +111,16 @@ class Container:
         wait_for("next report", lambda: len(self.reports()) >= before + 2)
         return self.reports()[-1]
 
-    def checkpoint(self) -> tuple[int, str]:
+    def checkpoint(self, **env: str) -> tuple[int, str]:
         """The exit status of runc and CRIU's log."""
         self.node.run(["rm", "-rf", IMAGES])
         images = ["--image-path", IMAGES, "--work-path", IMAGES]
-        done = self.node.run(["runc", "checkpoint", *images, *OPTIONS, "one"], check=False)
+        done = self.node.run(["runc", "checkpoint", *images, *OPTIONS, "one"], check=False, env=env)
         return done.returncode, self.node.path(f"{IMAGES}/dump.log").read_text()
 
-    def restore(self) -> None:
+    def restore(self, **env: str) -> None:
         images = ["--image-path", IMAGES, "--work-path", IMAGES, "--bundle", BUNDLE]
-        self.runc("restore", "--detach", *images, *OPTIONS)
+        self.runc("restore", "--detach", *images, *OPTIONS, **env)
 
 
 def cuda_pids(pid: int, gpu: SimGpu) -> list[int]:
@@ -137,3 +173,20 @@ def test_a_detached_tree_is_dumped_and_restored_whole(node: Node, gpu: SimGpu) -
     assert after.counter > counter
     assert (after.device, after.cpu, after.file) == (before.device, before.cpu, before.file)
     assert [r.counter for r in container.reports()] == list(range(after.counter + 1))
+
+
+def test_criu_with_its_cuda_plugin_suspends_dumps_and_restores(node: Node, gpu: SimGpu) -> None:
+    env = install_plugin(node)
+    container = Container(node, gpu)
+    before = container.next_report()
+
+    status, log = container.checkpoint(**env)
+    assert status == 0, log[-3000:]
+    assert log.count("cuda_plugin: Checkpointing CUDA devices") == 3
+    assert gpu.owners() == {}
+    container.restore(**env)
+
+    for pid in cuda_pids(container.pid(), gpu):
+        assert gpu.library.state(pid) == (SUCCESS, RUNNING)
+    after = container.next_report()
+    assert (after.ok, after.device, after.cpu) == (True, before.device, before.cpu)

@@ -163,6 +163,17 @@ def test_the_restore_thread_is_one_of_its_own_that_takes_no_signal(
     assert all(blocked & 1 << (number - 1) for number in (signal.SIGTERM, signal.SIGUSR1))
 
 
+def test_a_call_may_name_any_thread_of_the_process(gpu: SimGpu, start: Start) -> None:
+    """CRIU's plugin asks for the state by the restore thread's id."""
+    work = start()
+    code, tid = gpu.library.restore_thread(work.pid)
+    assert code == SUCCESS
+    assert gpu.library.restore_thread(tid) == (SUCCESS, tid)
+    assert gpu.library.lock(tid) == SUCCESS
+    assert gpu.library.state(tid) == (SUCCESS, LOCKED)
+    assert gpu.library.state(work.pid) == (SUCCESS, LOCKED)
+
+
 def test_steps_out_of_order_are_illegal(gpu: SimGpu, start: Start) -> None:
     pid, library = start().pid, gpu.library
     assert library.checkpoint(pid) == ILLEGAL_STATE

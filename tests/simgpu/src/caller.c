@@ -51,19 +51,19 @@ static CUresult find_mailbox(int pid, uint64_t *addr)
     return *addr ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
 }
 
-/* Last number of the NSpid line: the id in the innermost namespace; 0 = cannot be read. */
-static int innermost_id(const char *status_path)
+/* Last number on the line of a /proc status file that starts with `key`; 0 = cannot be read. For
+ * NSpid that is the id in the innermost namespace. */
+static int status_number(const char *status_path, const char *key)
 {
     char line[512];
     int id = 0;
     FILE *status = fopen(status_path, "re");
     if (!status)
         return 0;
-    while (fgets(line, sizeof line, status))
-        if (strncmp(line, "NSpid:", 6) == 0) {
+    while (id == 0 && fgets(line, sizeof line, status))
+        if (strncmp(line, key, strlen(key)) == 0) {
             const char *last = strrchr(line, '\t');
             id = last ? atoi(last + 1) : 0;
-            break;
         }
     fclose(status);
     return id;
@@ -81,14 +81,15 @@ static int outer_tid(int pid, int inner)
         return 0;
     for (struct dirent *e; tid == 0 && (e = readdir(tasks));) {
         snprintf(path, sizeof path, "/proc/%d/task/%s/status", pid, e->d_name);
-        if (e->d_name[0] != '.' && innermost_id(path) == inner)
+        if (e->d_name[0] != '.' && status_number(path, "NSpid:") == inner)
             tid = atoi(e->d_name);
     }
     closedir(tasks);
     return tid;
 }
 
-/* Finds a process whose CUDA is initialised; *tid is its driver thread. */
+/* Finds a process whose CUDA is initialised; *tid is its driver thread. `pid` may be any thread of
+ * it: CRIU's plugin asks by the restore thread's id. */
 static CUresult find_driver(int pid, uint64_t *mailbox, int *tid)
 {
     int32_t ids[2]; /* pid, driver_tid */
@@ -100,8 +101,11 @@ static CUresult find_driver(int pid, uint64_t *mailbox, int *tid)
     if (rc != CUDA_SUCCESS)
         return rc;
     snprintf(path, sizeof path, "/proc/%d/status", pid);
+    if ((pid = status_number(path, "Tgid:")) == 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
     if (!peek(pid, *mailbox + offsetof(struct mailbox, pid), ids, sizeof ids) || ids[0] == 0 ||
-        ids[0] != innermost_id(path) || (*tid = outer_tid(pid, ids[1])) == 0)
+        ids[0] != status_number(path, "NSpid:") || (*tid = outer_tid(pid, ids[1])) == 0)
         return CUDA_ERROR_NOT_INITIALIZED;
     return CUDA_SUCCESS;
 }
