@@ -26,10 +26,23 @@ LAUNCHER = """\
 #!{python} -ISWignore
 import sys
 
-sys.path.append({packages!r})
+sys.path.append({packages})
 from {module} import main
 
 sys.exit(main())
+"""
+
+# runc starts CRIU with a directory as standard input, with which Python refuses to start.
+CRIU_LAUNCHER = """\
+#!/bin/sh
+exec {python} -ISWignore -c '
+import sys
+
+sys.path.append({packages})
+from {module} import main
+
+sys.exit(main())
+' "$@" </dev/null
 """
 
 
@@ -59,7 +72,8 @@ def install(prefix: Path, sysconfdir: Path) -> None:
     compileall.compile_dir(str(packages), quiet=2, workers=0)
     for path, module in commands(prefix).items():
         if (packages / f"{module.replace('.', '/')}.py").exists():
-            write_launcher(path, module, packages)
+            launcher = CRIU_LAUNCHER if path.name == "cuda-checkpoint" else LAUNCHER
+            write_launcher(path, launcher, module, packages)
             print(f"installed {path}")
     example = sysconfdir / "containerd" / "grit.toml.example"
     example.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +124,13 @@ def make_environment(environment: Path) -> None:
     subprocess.run([*pip, "uninstall", "--yes", "pip"], check=True)
 
 
-def write_launcher(path: Path, module: str, packages: Path) -> None:
+def write_launcher(path: Path, launcher: str, module: str, packages: Path) -> None:
     """Writes the command `path`, replacing an older one in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     python = os.path.realpath(sys.executable)
     draft = path.with_name(f".{path.name}.new")
-    text = LAUNCHER.format(python=python, packages=str(packages), module=module)
+    shown = f'"{packages}"' if launcher is CRIU_LAUNCHER else repr(str(packages))
+    text = launcher.format(python=python, packages=shown, module=module)
     draft.write_text(text)
     draft.chmod(0o755)
     draft.replace(path)

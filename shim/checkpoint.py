@@ -174,6 +174,8 @@ def _dump(
 
     def notified(script: str) -> bool:
         if script == "post-dump":
+            if plugin:
+                _require_copies(container)
             manifest = _manifest(container, opts, version)
             manifest.phases["dump"] = round(time.monotonic() - began, 6)
             draft.publish(manifest)
@@ -198,7 +200,7 @@ def _criu(container: Container, plugin: bool) -> Swrk | Service:
     if container.suspension is None or not plugin:
         environment["CRIU_LIBS_DIR"] = places.NO_PLUGINS
         return Swrk(settings.criu, environment)
-    answers = os.path.join(container.bundle, "cuda-record.json")
+    answers = _record_path(container)
     record.write(
         answers,
         container.suspension,
@@ -209,6 +211,21 @@ def _criu(container: Container, plugin: bool) -> Swrk | Service:
     environment["CRIU_LIBS_DIR"] = gpu.plugin_directory(settings)
     environment["PATH"] = f"{places.commands()}:{environment.get('PATH', os.defpath)}"
     return Swrk(settings.criu, environment)
+
+
+def _record_path(container: Container) -> str:
+    return os.path.join(container.bundle, "cuda-record.json")
+
+
+def _require_copies(container: Container) -> None:
+    """CRIU's plugin takes any trouble of `cuda-checkpoint` for "no CUDA here" and dumps on without
+    the device memory; our command has noted what was really done."""
+    for pid, entry in record.read(_record_path(container))["processes"].items():
+        if entry["state"] != "checkpointed":
+            raise CheckpointError(
+                f"CRIU's CUDA plugin left the device memory of pid {pid} out of the images: the "
+                f"process is {entry['state']}, not checkpointed"
+            )
 
 
 def _manifest(container: Container, opts: CriuOpts, criu: str) -> checkpoint_dir.Manifest:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def running(name: str, config: str | None = None, **options: Any) -> Iterator[Node]:
     """A node with the shim installed, containerd running and the busybox image imported."""
+    env = options.pop("env", None)
     with installed_node(name, **options) as node:
         refresh(node)
-        node.start_containerd(config)
+        node.start_containerd(config, env=env)
         node.import_image(build_image("local/busybox", "1", {}))
         yield node
 

@@ -6,14 +6,11 @@ device memory tokens.
 from __future__ import annotations
 
 import os
-import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tests.nodes.image import build_image
 from tests.simgpu.simgpu import KIT, WORKLOAD, Report, SimGpu, build, default_cache, reports
 
 if TYPE_CHECKING:
