@@ -22,6 +22,7 @@ from shim.criu_bridge import client, request
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Service, Swrk
 from shim.cuda import record
+from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -228,11 +229,11 @@ def _require_copies(container: Container) -> None:
             )
 
 
-def _manifest(container: Container, opts: CriuOpts, criu: str) -> checkpoint_dir.Manifest:
+def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     suspension = container.suspension
     notes = bundle.annotations_of(bundle.read_spec(container.bundle))
     system = os.uname()
-    return checkpoint_dir.Manifest(
+    return Manifest(
         container_id=container.id,
         namespace=container.namespace,
         image=notes.get("io.kubernetes.cri.image-name", ""),

@@ -84,19 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if call.on("info"):
-            from shim import inner
+            from shim.inner import exec_info
 
-            return inner.exec_info(call.argv)
+            return exec_info(call.argv)
         if not call.get("namespace"):
             raise UsageError("shim namespace cannot be empty")
         if call.action == "start":
-            from shim import start
+            from shim.start import run as start
 
-            return start.run(call)
+            return start(call)
         if call.action == "delete":
-            from shim import delete
+            from shim.delete import run as delete
 
-            return delete.run(call)
+            return delete(call)
         raise UsageError(f"no such action: {call.action!r}; containerd uses start and delete")
     except Exception as error:  # the one place where a failure becomes containerd's message
         print(f"containerd-shim-grit-v1: {error}", file=sys.stderr)

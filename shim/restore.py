@@ -20,6 +20,7 @@ from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import freezer
 from shim.criu_bridge.errors import explain, first_error, read_log
 from shim.cuda.suspension import Process
+from shim.manifest import Manifest
 from shim.ttrpc import StatusError
 
 TYPE_CHECKING = False
@@ -45,9 +46,7 @@ class Restore:
 
     __slots__ = ("images", "manifest", "rootfs_diff")
 
-    def __init__(
-        self, images: str, manifest: checkpoint_dir.Manifest | None, rootfs_diff: str | None
-    ) -> None:
+    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
         self.images = images
         self.manifest = manifest
         self.rootfs_diff = rootfs_diff
@@ -146,7 +145,7 @@ def _annotated(notes: dict[str, str], container: Container) -> str:
     return ""
 
 
-def _verified(images: str) -> checkpoint_dir.Manifest | None:
+def _verified(images: str) -> Manifest | None:
     """The manifest, after every file was compared with it. None for images without one."""
     try:
         manifest = checkpoint_dir.load(images)
