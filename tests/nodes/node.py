@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SOCKET = "/run/containerd/containerd.sock"
 LOG = "/var/log/containerd.log"
+CgroupVersion = Literal["v1", "v2"]
 CONFIG = "/etc/containerd/config.toml"
 ENVIRONMENT = {
     "HOME": "/root",
@@ -99,7 +100,7 @@ class Node:
         self,
         name: str,
         *,
-        cgroup: Literal["v1", "v2"] = "v2",
+        cgroup: CgroupVersion = "v2",
         network: Literal["private", "host"] = "private",
         layers: Sequence[Path] = (),
         binds: Mapping[str, Path] | None = None,
@@ -109,6 +110,7 @@ class Node:
         self.network = network
         self.layers = tuple(layers)
         self.binds = dict(binds or {})
+        self.identity = f"grit-node-{name}-{uuid.uuid4().hex[:8]}"
         self.pid = 0
         self._keeper: subprocess.Popen[bytes] | None = None
         self._leash = -1
@@ -130,12 +132,11 @@ class Node:
 
     def start(self) -> None:
         """Makes the node stand: about 50 ms when its root is in the cache."""
-        identity = f"grit-node-{self.name}-{uuid.uuid4().hex[:8]}"
         # Only a place to mount on: every node sees its own tmpfs there, the host sees nothing.
         scratch = cache.directory() / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         order = {
-            "id": identity,
+            "id": self.identity,
             "hostname": f"node-{self.name}",
             "scratch": str(scratch),
             "cgroup": self.cgroup,
