@@ -17,7 +17,7 @@
 __attribute__((section(".simgpu_mailbox"), aligned(4096)))
 volatile struct mailbox sim_mailbox = {.magic = MAIL_MAGIC};
 
-enum { IDLE_NAP_US = 500, SPEAK_LIMIT_MS = 250, KEEP_ANSWER_MS = 2000, GUARD = 4096 };
+enum { IDLE_NAP_US = 1000, SPEAK_LIMIT_MS = 250, KEEP_ANSWER_MS = 2000, GUARD = 4096 };
 
 static char *region; /* device memory while checkpointed: one private anonymous mapping */
 static size_t region_bytes;
