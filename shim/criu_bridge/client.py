@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 
-from shim.criu_bridge import freezer, rpc
+from shim.criu_bridge import freezer, network, rpc
 from shim.criu_bridge.errors import CriuError, explain, first_error, read_log
 from shim.criu_bridge.transport import Cancel, Connection, NotStarted, Service, Swrk
 from shim.protowire import DecodeError
@@ -92,7 +92,7 @@ def dump(
     pid = opts.pid or 0
     log_path = os.path.join(work_dir, LOG_NAME)
     opts.log_file = LOG_NAME
-    origin = freezer.state(opts.freeze_cgroup) if opts.freeze_cgroup else None
+    before = _Before(opts.freeze_cgroup)
     _forget(log_path)
     # CRIU opens both through /proc/<our pid>/fd, so they stay open until it has answered.
     images_fd = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -109,10 +109,12 @@ def dump(
         os.close(images_fd)
     if answer is not None and answer.success and answer.type == rpc.DUMP:
         return DumpResult(conversation.seconds, conversation.notifications, log_path)
-    refrozen = None
-    if opts.freeze_cgroup and origin is not None:
-        refrozen = _put_freezer_back(opts.freeze_cgroup, origin)
-    raise conversation.failure(answer, log_path, refrozen)
+    refrozen = before.put_freezer_back()
+    if answer is not None:
+        raise conversation.failure(answer, log_path, refrozen)
+    # CRIU undoes what it did whenever it can still answer; this one could not.
+    unlocked = network.unlock(pid, criu.env)
+    raise conversation.failure(answer, log_path, refrozen, unlocked, before.ended())
 
 
 class _Conversation:
@@ -216,7 +218,12 @@ class _Conversation:
         return consent
 
     def failure(
-        self, answer: rpc.CriuResp | None, log_path: str, refrozen: bool | None
+        self,
+        answer: rpc.CriuResp | None,
+        log_path: str,
+        refrozen: bool | None,
+        unlocked: bool | None = None,
+        ended: tuple[int, ...] = (),
     ) -> CriuError:
         """The error of a conversation that ended in anything but a good dump."""
         log = read_log(log_path)
@@ -225,10 +232,20 @@ class _Conversation:
         if answer is not None:
             errno = answer.cr_errno or 0
             if line is None and answer.cr_errmsg:
-                line = answer.cr_errmsg.decode("utf-8", "replace").strip()
+                line = first_error(answer.cr_errmsg.decode("utf-8", "replace"))
         text = f"{self._criu} could not dump pid {self._pid}: {self._reason(answer, log, line)}"
         if refrozen is False:
             text += "; its freezer could not be put back to what it was before"
+        if unlocked is False:
+            text += (
+                "; it left the container's network cut off: remove the chain CRIU from the filter "
+                "tables in its network namespace"
+            )
+        if ended:
+            text += (
+                "; processes of the container that ended meanwhile (the one CRIU was reading gets "
+                f"SIGPIPE when CRIU dies): {', '.join(map(str, ended))}"
+            )
         if log:
             text += f"; log: {log_path}"
         error = CriuError(
@@ -238,6 +255,7 @@ class _Conversation:
             errno=errno,
             died=answer is None,
             refrozen=refrozen,
+            ended=ended,
         )
         error.__cause__ = self.callback_error
         return error
@@ -263,16 +281,30 @@ class _Conversation:
         return "; ".join(parts)
 
 
-def _put_freezer_back(cgroup: str, origin: str) -> bool:
-    """After a failed dump: the freezer as it was. A CRIU that failed by itself has done so
-    already; one that was killed has not, and its code may still be in the processes, where it
-    removes itself only while they run."""
-    wanted = freezer.THAWED if origin == freezer.THAWED else freezer.FROZEN
-    if freezer.state(cgroup) == wanted:
-        return True
-    if wanted == freezer.FROZEN:
-        _wait_cured(cgroup)
-    return freezer.put_back(cgroup, wanted, _FREEZE_TIMEOUT_S)
+class _Before:
+    """The container as it was before a dump, to compare and to go back to."""
+
+    def __init__(self, cgroup: str | None) -> None:
+        self._cgroup = cgroup
+        self._state = freezer.state(cgroup) if cgroup else None
+        self._processes = _processes(cgroup) if cgroup else {}
+
+    def put_freezer_back(self) -> bool | None:
+        """The freezer as it was. A CRIU that failed by itself has done so already; one that was
+        killed has not, and its code may still be in the processes, where it removes itself
+        only while they run. None: no freezer."""
+        if self._cgroup is None or self._state is None:
+            return None
+        wanted = freezer.THAWED if self._state == freezer.THAWED else freezer.FROZEN
+        if freezer.state(self._cgroup) == wanted:
+            return True
+        if wanted == freezer.FROZEN:
+            _wait_cured(self._cgroup)
+        return freezer.put_back(self._cgroup, wanted, _FREEZE_TIMEOUT_S)
+
+    def ended(self) -> tuple[int, ...]:
+        """Which of its processes are no more."""
+        return tuple(pid for pid, start in self._processes.items() if _start_time(pid) != start)
 
 
 def _query(criu: Swrk | Service, request: rpc.CriuReq) -> rpc.CriuResp:
@@ -310,20 +342,36 @@ def _wait_cured(cgroup: str) -> None:
     """Wait until no process of the cgroup is traced or carries CRIU's code."""
     deadline = time.monotonic() + _CURE_TIMEOUT_S
     while time.monotonic() < deadline:
-        if not any(_infected(pid) for pid in _pids(cgroup)):
+        if not any(_infected(pid) for pid in _processes(cgroup)):
             return
         time.sleep(0.01)
 
 
-def _pids(cgroup: str) -> list[int]:
-    pids = []
+def _processes(cgroup: str) -> dict[int, int]:
+    """The living processes of a cgroup and of those below it: pid -> start time."""
+    found = {}
     for directory, _, _ in os.walk(cgroup):
         try:
             with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as file:
-                pids += [int(line) for line in file]
+                pids = [int(line) for line in file]
         except OSError:
             continue
-    return pids
+        for pid in pids:
+            start = _start_time(pid)
+            if start is not None:
+                found[pid] = start
+    return found
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks after boot (proc(5): field 22), None where the process has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, field 2, may hold anything, but a ")" ends it.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _infected(pid: int) -> bool:

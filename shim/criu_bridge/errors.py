@@ -15,8 +15,8 @@ class CriuError(Exception):
 
     `log_path`: CRIU's log, where it wrote one; `first_error`: the first error line in it;
     `died`: CRIU ended without an answer (killed, crashed, or killed by us on a deadline);
-    `refrozen`: after such an end the freezer was put back to what it was before (None where
-    there was nothing to put back).
+    `refrozen`: after it the freezer is what it was before (None where there is no freezer);
+    `ended`: processes of the container that ended while CRIU died, pids as we see them.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class CriuError(Exception):
         errno: int = 0,
         died: bool = False,
         refrozen: bool | None = None,
+        ended: tuple[int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.log_path = log_path
@@ -35,6 +36,7 @@ class CriuError(Exception):
         self.errno = errno
         self.died = died
         self.refrozen = refrozen
+        self.ended = ended
 
 
 # A CRIU log line is "(seconds.micros) [pid: ]Error (file.c:line): text"; the first lines of a

@@ -112,6 +112,8 @@ class Service:
     namespace. Its environment and plugin directory are its own affair.
     """
 
+    env: dict[str, str] | None = None
+
     def __init__(self, path: str) -> None:
         self.path = path
 

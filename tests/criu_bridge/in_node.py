@@ -8,11 +8,15 @@ python3 runs it, with the repository bound at ROOT.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 ROOT = "/grit"
@@ -23,12 +27,14 @@ from shim.criu_bridge import client, freezer, images, request, transport  # noqa
 from shim.criu_bridge.errors import CriuError  # noqa: E402
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
     """`id`, `images`, `work`; `options` of DumpOptions; `service`: path of a service's socket;
-    `env` for CRIU; `tmpfs`: lay a tmpfs of that size over `images`; `deadline`; and what to do at the notification `at`: "refuse", "cancel",
-    "kill" (CRIU, SIGKILL), "raise" or "hang" until CRIU is gone."""
+    `env` for CRIU; `tmpfs`: lay a tmpfs of that size over `images`; `deadline` and `grace` in
+    seconds; and what to do (`do`) at the notification `at`, or "pages" while pages are being
+    written: "refuse", "raise", "cancel", "kill" (CRIU, SIGKILL) or "stop" (CRIU, SIGSTOP)."""
     state = runcstate.load(runcstate.DEFAULT_ROOT, "default", order["id"])
     env = {**os.environ, **order.get("env", {})}
     criu: transport.Swrk | transport.Service = transport.Swrk("criu", env)
@@ -40,19 +46,25 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         mount_tmpfs(order["images"], order["tmpfs"])
     options = request.dump_options(state, request.DumpOptions(**order.get("options", {})))
     request.write_descriptors(state, order["images"])
+    client.GRACE_S = order.get("grace", client.GRACE_S)
     cancel = transport.Cancel()
+
+    def act() -> None:
+        if order["do"] == "cancel":
+            cancel.cancel()
+        elif order["do"] == "raise":
+            raise RuntimeError("no room for this dump")
+        elif order["do"] in SIGNALS:
+            signal_criu(SIGNALS[order["do"]])
 
     def on_notify(name: str) -> bool:
         if name != order.get("at"):
             return True
-        action = order["do"]
-        if action == "cancel":
-            cancel.cancel()
-        elif action == "kill":
-            kill_criu()
-        elif action == "raise":
-            raise RuntimeError("no room for this dump")
-        return action != "refuse"
+        act()
+        return bool(order["do"] != "refuse")
+
+    if order.get("at") == "pages":
+        threading.Thread(target=when_pages_flow, args=(order["images"], act), daemon=True).start()
 
     cgroup = state.freezer_path
     assert cgroup is not None
@@ -76,6 +88,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         answer["error"] = str(error)
         answer["died"] = error.died
         answer["refrozen"] = error.refrozen
+        answer["ended"] = error.ended
         answer["first_error"] = error.first_error
     if "tmpfs" in order:
         LIBC.umount2(order["images"].encode(), 0)
@@ -88,10 +101,19 @@ def mount_tmpfs(path: str, size: str) -> None:
     assert done == 0, os.strerror(ctypes.get_errno())
 
 
-def kill_criu() -> None:
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as children:
-        for pid in children.read().split():
-            os.kill(int(pid), signal.SIGKILL)
+def when_pages_flow(directory: str, act: Callable[[], None]) -> None:
+    """Once CRIU has written the first megabytes of memory, with many more to come."""
+    while True:
+        with contextlib.suppress(images.ImageError):
+            if images.sizes(directory).page_bytes > 16 << 20:
+                return act()
+
+
+def signal_criu(number: int) -> None:
+    for children in glob.glob("/proc/self/task/*/children"):
+        with open(children, encoding="ascii") as file:
+            for pid in file.read().split():
+                os.kill(int(pid), number)
 
 
 if __name__ == "__main__":
