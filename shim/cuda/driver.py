@@ -76,12 +76,7 @@ class Driver:
         Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does
         not start, LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an
         Answer."""
-        while True:
-            helper = self._current()
-            helper.wait_until_ready()
-            call = helper.send(action, pid, argument)
-            if call is not None:
-                break  # else it was given up or died before it got the call: a fresh one
+        helper, call = self._send(action, pid, argument)
         if call.came_back.wait(timeout):
             if call.answer is None:
                 raise HelperDied(
@@ -107,6 +102,20 @@ class Driver:
             if self._helper is None or self._helper.useless:
                 self._helper = _Helper(*self._arguments)
             return self._helper
+
+    def _send(self, action: str, pid: int, argument: str) -> tuple[_Helper, _Call]:
+        """A helper may be given up, or die, between being picked and getting the call: then a
+        fresh one gets it."""
+        for _ in range(2):
+            helper = self._current()
+            helper.wait_until_ready()
+            call = helper.send(action, pid, argument)
+            if call is not None:
+                return helper, call
+        raise HelperDied(
+            f"pid {pid}: the CUDA helper (pid {helper.pid}) died again before the driver's "
+            f"{action} call"
+        )
 
     def _retire(self, helper: _Helper, call: _Call) -> None:
         """No further call goes to a helper with a hung one; others under way in it may end."""
@@ -136,7 +145,7 @@ class _Helper:
         self._why_none = ""  # no libcuda
         self._why_broken = ""
         self.useless = False  # died, or is given up because a call hangs in it
-        self._reaped = False
+        self._ended = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self.pid = _spawn(python, [_ROOT, library, nvidia_command], theirs)
@@ -191,7 +200,7 @@ class _Helper:
         import signal
 
         with self._guard:
-            if self._reaped:
+            if self._ended:
                 return
             self.useless = True
             try:
@@ -230,7 +239,7 @@ class _Helper:
 
     def _end(self) -> None:
         with self._guard:
-            self.useless = self._reaped = True
+            self.useless = self._ended = True
             calls, self._calls = self._calls, {}
             self._socket.close()
             os.close(self._pidfd)

@@ -221,6 +221,35 @@ def test_what_somebody_else_had_locked_or_copied_is_left_as_found(
     assert state_of(driver, copied.pid) == states.CHECKPOINTED
 
 
+def test_a_failure_undoes_only_what_was_done(
+    board: SimGpu, workload: Start, driver: Driver, policy: Policy
+) -> None:
+    locked, bad = workload(), workload()
+    assert driver.call("lock", locked.pid, timeout=30, argument="0").ok
+    board.fault("checkpoint=304", bad.pid)
+    with pytest.raises(CudaError) as caught:
+        engine.suspend(pids_of(locked, bad), driver, policy)
+    assert caught.value.states == {locked.pid: states.LOCKED, bad.pid: states.RUNNING}
+    assert state_of(driver, locked.pid) == states.LOCKED
+
+
+def test_when_the_pids_cannot_be_had_any_more_all_is_undone(
+    workload: Start, driver: Driver, policy: Policy
+) -> None:
+    one = workload()
+    looks = iter([[one.pid]])
+
+    def pids() -> list[int]:
+        for found in looks:
+            return found
+        assert state_of(driver, one.pid) == states.LOCKED
+        raise OSError("the cgroup is gone")
+
+    with pytest.raises(CudaError, match="the cgroup is gone"):
+        engine.suspend(pids, driver, policy)
+    assert state_of(driver, one.pid) == states.RUNNING
+
+
 def test_the_plugin_engine_only_locks(workload: Start, driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "cuda_plugin.so").touch()
     policy = new_policy(engine="plugin")
@@ -419,6 +448,19 @@ def test_missed_tells_who_got_cuda_after_the_suspension(
     assert engine.missed(suspension, [first.pid, second.pid]) == []
     second.do("init")
     assert [c.pid for c in engine.missed(suspension, [first.pid, second.pid])] == [second.pid]
+
+
+def test_who_held_a_device_without_cuda_all_along_is_not_missed(
+    board: SimGpu, workload: Start, driver: Driver, policy: Policy
+) -> None:
+    """As a monitor does, through NVML."""
+    with (board.directory / "dev" / "nvidia0").open() as device:
+        monitor = subprocess.Popen(["sleep", "600"], pass_fds=[device.fileno()])
+    suspension = engine.suspend(lambda: [monitor.pid], driver, policy)
+    assert not suspension
+    assert engine.missed(suspension, [monitor.pid]) == []
+    monitor.kill()
+    monitor.wait()
 
 
 def test_another_process_under_a_recorded_pid_is_not_touched(
