@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -429,6 +430,48 @@ def test_a_late_forward_that_cannot_connect_is_answered(
         inner.unlink()
         gate.set()
         assert error_of(peer.event()) == (late, ttrpc.UNAVAILABLE)
+
+
+def test_whatever_handlers_decide_and_when_each_call_is_answered_once(
+    server: ttrpc.Server, inner: Path, outer: Path
+) -> None:
+    calls, connections = 60, 8
+    prefixes = {b"forward": b"inner ", b"answer": b"outer ", b"raise": b""}
+
+    def handle(call: ttrpc.Call) -> Any:
+        what, _, delay = call.payload.split(b"/")
+        time.sleep(float(delay))  # the handler's work, of which some is longer
+        if what == b"forward":
+            return ttrpc.FORWARD
+        if what == b"raise":
+            raise ttrpc.StatusError(ttrpc.ABORTED, "as told")
+        return b"outer " + call.payload
+
+    def use(seed: int) -> None:
+        chance = random.Random(seed)
+        with RawPeer(dial(outer)) as peer:
+            expected = {}
+            for n in range(calls):
+                what = chance.choice(list(prefixes))
+                payload = b"%s/%d/%f" % (what, n, chance.random() / 100)
+                method = chance.choice(["Pause", "Echo"])
+                prefix = prefixes[what] if method == "Pause" else b"inner "
+                expected[peer.request(method, payload)] = prefix + payload if prefix else None
+            for _ in range(calls):
+                event = peer.event()
+                assert isinstance(event, ResponseReceived)
+                wanted = expected.pop(event.stream_id)
+                if wanted is None:
+                    assert error_of(event)[1] == ttrpc.ABORTED
+                else:
+                    assert (event.payload, event.error) == (wanted, None)
+            assert not expected
+
+    with proxying(outer, inner, {"Pause": handle}) as proxy:
+        with ThreadPoolExecutor(connections) as pool:
+            for done in [pool.submit(use, seed) for seed in range(connections)]:
+                done.result()
+        until(lambda: not proxy._sessions and not proxy._ends)
 
 
 # Rules of the protocol that the proxy must keep itself
