@@ -123,16 +123,16 @@ def _suspend_and_freeze(container: Container) -> None:
         try:
             container.ask("Pause")
         except BaseException:
-            if suspension is not None:
+            if suspension:
                 gpu.resume(container, suspension)
             raise
         late = gpu.missed(container, suspension)
         if not late:
-            container.suspension = suspension
+            container.suspension = suspension or None
             return
         log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
         container.ask("Resume")
-        if suspension is not None:
+        if suspension:
             gpu.resume(container, suspension)
     raise CheckpointError(
         f"container {container.id}: in each of {_ROUNDS} attempts a new CUDA process appeared "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from shim import log, places
 from shim.cuda import discovery
+from shim.cuda.errors import CudaError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,25 +27,26 @@ PLUGIN_DIRECTORY = "/usr/lib/criu"
 """Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
 
 
-def suspend(container: Container) -> Suspension | None:
-    """Takes the GPU from all CUDA processes of a running container, or from none; None if it
-    has none. Raises CudaError with every process as it was found, or saying which is not."""
+def suspend(container: Container) -> Suspension:
+    """Takes the GPU from all CUDA processes of a running container, or from none; a false one if
+    there are none. Raises CudaError with every process as it was found, or saying which is not."""
+    from shim.cuda.suspension import Suspension
+
     if not discovery.candidates(container.pids()):
-        return None
+        return Suspension()
     from shim.cuda import engine
 
     with _driver(container.config) as driver:
         suspension = engine.suspend(container.pids, driver, policy(container.config))
-    if not suspension:
-        return None
-    log.info(
-        "GPU suspended",
-        id=container.id,
-        engine=suspension.engine,
-        processes=len(suspension.processes),
-        bytes=sum(process.device_bytes for process in suspension.processes),
-        seconds=round(suspension.seconds, 3),
-    )
+    if suspension:
+        log.info(
+            "GPU suspended",
+            id=container.id,
+            engine=suspension.engine,
+            processes=len(suspension.processes),
+            bytes=sum(process.device_bytes for process in suspension.processes),
+            seconds=round(suspension.seconds, 3),
+        )
     return suspension
 
 
@@ -59,14 +61,11 @@ def resume(container: Container, suspension: Suspension) -> None:
     log.info("GPU resumed", id=container.id, processes=len(suspension.processes))
 
 
-def missed(container: Container, suspension: Suspension | None) -> list[int]:
+def missed(container: Container, suspension: Suspension) -> list[int]:
     """The pids, in a frozen container, of processes that took up CUDA after `suspend` looked."""
-    pids = container.pids()
-    if suspension is None:
-        return [one.pid for one in discovery.candidates(pids) if one.devices]
     from shim.cuda import engine
 
-    return [one.pid for one in engine.missed(suspension, pids)]
+    return [one.pid for one in engine.missed(suspension, container.pids())]
 
 
 def resume_restored(
@@ -90,12 +89,20 @@ def policy(config: GritOptions) -> Policy:
     from shim.criu_bridge import client, transport
     from shim.cuda.engine import Policy
 
+    def criu_version() -> tuple[int, int, int]:
+        if config.criu_service:
+            raise CudaError(
+                f"the CRIU service at {config.criu_service} was started by somebody else, and its "
+                "plugin cannot be told what it must not ask the driver; unset criu_service"
+            )
+        return client.version(transport.Swrk(config.criu))
+
     return Policy(
         engine=config.engine,
         lock_timeout=config.lock_timeout,
         copy_timeout=config.dump_timeout,
         plugin_dir=plugin_directory(config),
-        criu_version=lambda: client.version(transport.Swrk(config.criu)),
+        criu_version=criu_version,
     )
 
 
