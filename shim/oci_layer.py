@@ -149,7 +149,7 @@ def _enter(rootfs: str) -> None:
         raise LayerError("would be unpacked onto this machine's own root file system")
     os.chroot(rootfs)
     os.chdir("/")
-    os.umask(0)
+    os.umask(0o022)  # makedirs() gives its mode to the last directory only
     sys.meta_path.clear()
 
 
