@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 from shim.manifest import INVENTORY, MANIFEST, File, Manifest, ManifestError
+from shim.manifest import CheckpointDirError as CheckpointDirError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
 _PARTIAL = ".grit-partial-"
 _RANDOM_BYTES = 8
-
-
-class CheckpointDirError(Exception):
-    """A checkpoint cannot be written or used; says which directory, why, and what to do."""
 
 
 class ForeignCheckpoint(ManifestError):

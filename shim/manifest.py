@@ -12,7 +12,11 @@ INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore wit
 FORMAT = 1
 
 
-class ManifestError(Exception):
+class CheckpointDirError(Exception):
+    """A checkpoint cannot be written or used; says which directory, why, and what to do."""
+
+
+class ManifestError(CheckpointDirError):
     """The manifest is missing or unusable; names the file and the key that is wrong."""
 
 

@@ -460,7 +460,7 @@ def test_images_without_a_manifest_are_foreign(tmp_path: pathlib.Path) -> None:
     (tmp_path / "inventory.img").touch()
     with pytest.raises(ForeignCheckpoint, match="another tool wrote it"):
         load(str(tmp_path))
-    with pytest.raises(ManifestError, match=r"cannot read the checkpoint .*: No such file"):
+    with pytest.raises(CheckpointDirError, match=r"cannot read the checkpoint .*: No such file"):
         load(str(tmp_path / "nowhere"))
 
 
