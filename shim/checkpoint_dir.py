@@ -12,8 +12,26 @@ from __future__ import annotations
 
 import os
 
-from shim.manifest import INVENTORY, MANIFEST, File, Manifest, ManifestError
-from shim.manifest import CheckpointDirError as CheckpointDirError
+from shim.manifest import (
+    INVENTORY,
+    MANIFEST,
+    CheckpointDirError,
+    File,
+    Manifest,
+    ManifestError,
+)
+
+__all__ = [
+    "CheckpointDirError",
+    "Draft",
+    "ForeignCheckpoint",
+    "ManifestError",
+    "Problem",
+    "find_checkpoint",
+    "load",
+    "rootfs_diff",
+    "verify",
+]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
