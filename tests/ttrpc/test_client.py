@@ -86,6 +86,8 @@ def test_a_deadline_ends_the_wait_and_the_late_answer_disturbs_nobody(
     with pytest.raises(ttrpc.StatusError, match=r"s/m: no answer within 0\.05 s") as caught:
         client.call("s", "m", timeout=0.05)
     assert caught.value.code == ttrpc.DEADLINE_EXCEEDED
+    assert not client._streams
+    assert not client._protocol._open
     late = server.request()
     assert late.timeout == pytest.approx(0.05)
     with ThreadPoolExecutor(1) as pool:
