@@ -5,24 +5,34 @@ device memory tokens.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tests.nodes.installed import CUDA_PLUGIN, SHIM
+from tests.nodes.node import ENVIRONMENT
 from tests.simgpu.simgpu import KIT, WORKLOAD, Report, SimGpu, build, default_cache, reports
 
 if TYPE_CHECKING:
-    import subprocess
-
-    from tests.nodes.node import Node
+    from tests.nodes.node import Node, Process
 
 IMAGE = "docker.io/local/busybox:1"
 GRIT = "io.containerd.grit.v1"
 STOCK = "io.containerd.runc.v2"
 STATUS = "/status"
 CONFIG = "/etc/containerd/grit.toml"
+GRIT_AS_RUNC = "/opt/grit-as-runc"
+"""A directory in which grit goes by the stock shim's name: containerd 1.7 and its ctr do some
+things (image and work path, --exit) for that name only."""
+
+NO_GPU_CHECK = {"CRIU_FAULT": "138"}
+"""CRIU's own switch: its CUDA plugin runs where there is no NVIDIA driver."""
+
+ENVIRONMENT_OF_GRIT = {**NO_GPU_CHECK, "PATH": f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}"}
 
 T = TypeVar("T")
 
@@ -45,9 +55,19 @@ def gpu_of(node: Node, **options: Any) -> SimGpu:
     return gpu
 
 
-def configure(node: Node, text: str = "") -> None:
-    """Writes the node's grit.toml; `text` is what stands under [grit]."""
-    node.path(CONFIG).write_text(f"[grit]\n{text}\n")
+def configure(node: Node, **settings: Any) -> None:
+    """Writes the node's grit.toml, with `settings` under [grit]. CRIU's CUDA plugin is named in
+    any case, so that the plugin engine can be asked for."""
+    settings = {"plugin_dir": CUDA_PLUGIN, **settings}
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+    node.path(CONFIG).write_text("[grit]\n" + "".join(lines))
+
+
+def grit_as_runc(node: Node) -> None:
+    """Under `ENVIRONMENT_OF_GRIT`, containerd starts grit for the runtime io.containerd.runc.v2."""
+    link = node.path(f"{GRIT_AS_RUNC}/containerd-shim-runc-v2")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(SHIM)
 
 
 def until(what: str, probe: Callable[[], T], seconds: float = 30.0) -> T:
@@ -71,6 +91,7 @@ class Job:
         runtime: str = GRIT,
         options: Sequence[str] = (),
     ) -> None:
+        """`words` are the workload's options, `options` those of `ctr run`."""
         self.node = node
         self.gpu = gpu
         self.name = name
@@ -83,6 +104,13 @@ class Job:
 
     def run(self) -> Job:
         """`ctr run -d`, and the first report."""
+        done = self.try_run()
+        assert done.returncode == 0, done.stderr
+        self.next_report()
+        return self
+
+    def try_run(self) -> subprocess.CompletedProcess[str]:
+        """`ctr run -d`, whatever comes of it."""
         devices = [f"--device=/dev/nvidia{number}" for number in range(self.gpu.gpus)]
         mounts = [
             f"--mount=type=bind,src={mount['source']},dst={mount['destination']},"
@@ -90,37 +118,32 @@ class Job:
             for mount in self.gpu.container_mounts()
         ]
         env = [f"--env={entry}" for entry in self.gpu.container_env()]
-        self.node.ctr(
-            "run",
-            "-d",
-            "--runtime",
-            self.runtime,
-            *self.options,
-            *devices,
-            *mounts,
-            *env,
-            IMAGE,
+        return self.node.run_container(
             self.name,
+            IMAGE,
             *self.words,
+            flags=["-d", *self.options, *devices, *mounts, *env],
+            runtime=self.runtime,
+            check=False,
         )
-        self.next_report()
-        return self
 
     def pid(self) -> int:
         """The container's init on the host; AssertionError if it has no task."""
-        for line in self.node.ctr("task", "ls").stdout.splitlines()[1:]:
-            name, pid, _ = line.split()
-            if name == self.name:
-                return self.node.host_pid(int(pid))
-        raise AssertionError(f"no task {self.name}")
+        return self.node.host_pid(self.node_pid())
+
+    def node_pid(self) -> int:
+        """The container's init as the shim knows it."""
+        assert self._task(), f"no task {self.name}"
+        return int(self._task()[1])
 
     def status(self) -> str:
         """RUNNING, PAUSED, STOPPED, or "" without a task."""
-        for line in self.node.ctr("task", "ls").stdout.splitlines()[1:]:
-            name, _, status = line.split()
-            if name == self.name:
-                return status
-        return ""
+        return self._task()[2] if self._task() else ""
+
+    def _task(self) -> list[str]:
+        """Name, pid and status; empty without a task."""
+        lines = (line.split() for line in self.ctr("task", "ls").stdout.splitlines()[1:])
+        return next((line for line in lines if line[0] == self.name), [])
 
     def rootfs(self) -> Path:
         return self.node.path(
@@ -130,25 +153,47 @@ class Job:
     def reports(self, status: str = STATUS) -> list[Report]:
         return reports(self.rootfs() / status.lstrip("/"))
 
-    def next_report(self) -> Report:
+    def next_report(self, status: str = STATUS) -> Report:
         """One that was begun and ended after this call."""
-        before = len(self.reports())
-        until(f"report of {self.name}", lambda: len(self.reports()) >= before + 2)
-        last = self.reports()[-1]
+        before = len(self.reports(status))
+        until(f"report of {self.name}", lambda: len(self.reports(status)) >= before + 2)
+        last = self.reports(status)[-1]
         assert last.ok, last
         return last
 
     def ctr(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.node.ctr(*words, check=check, timeout=120)
 
+    def start_ctr(self, *words: str) -> Process:
+        """A `ctr` under way, its output in pipes."""
+        pipe = subprocess.PIPE
+        return self.node.popen(["ctr", *words], stdout=pipe, stderr=pipe)
+
+    def checkpoint_task(
+        self, images: str, *flags: str, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """`ctr task checkpoint --image-path`."""
+        words = ["task", "checkpoint", "--image-path", images, *flags, self.name]
+        return self.ctr(*words, check=check)
+
+    def save_rootfs(self, tar: str) -> None:
+        """What the container has changed in its root file system, as GRIT's agent saves it."""
+        self.node.run(["sh", "-c", f"ctr snapshots diff {self.name} > {tar}"])
+
     def checkpoint_container(self, reference: str) -> None:
         """`ctr container checkpoint --rw --task --image`. containerd 1.7 stores the options' blob
         once and then leaves the task out of every further checkpoint, without a word, so
         checkpoints made before must be gone."""
-        for line in self.ctr("images", "ls", "-q").stdout.split():
-            if line != IMAGE:
-                self.ctr("images", "rm", "--sync", line)
+        self.remove_checkpoints()
         self.ctr("container", "checkpoint", "--rw", "--task", "--image", self.name, reference)
+
+    def checkpoints(self) -> list[str]:
+        """The checkpoints among the node's container images."""
+        return [name for name in self.ctr("images", "ls", "-q").stdout.split() if name != IMAGE]
+
+    def remove_checkpoints(self) -> None:
+        for name in self.checkpoints():
+            self.ctr("images", "rm", "--sync", name)
 
     def restore_container(self, reference: str) -> Job:
         """`ctr container restore --live --rw` under the same name."""
@@ -161,6 +206,17 @@ class Job:
         until("the task's end", lambda: self.status() in ("STOPPED", ""))
         self.ctr("task", "delete", self.name, check=False)
         self.ctr("container", "delete", self.name, check=False)
+
+
+def honouring(node: Node) -> str:
+    """The runtime name under which ctr's --image-path and --exit reach grit (facts 4.1)."""
+    return GRIT if node.containerd_version >= (2, 0) else STOCK
+
+
+def restored_by_annotation(start_job: Callable[..., Job], images: str, **options: Any) -> Job:
+    """A new container, restored from an image directory in GRIT's layout."""
+    note = f"--annotation=grit.dev/checkpoint={os.path.dirname(images)}"
+    return start_job(options=[note], **options)
 
 
 def go_on(before: Report, after: Report) -> None:
