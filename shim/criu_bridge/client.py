@@ -114,7 +114,7 @@ def dump(
         raise conversation.failure(answer, log_path, refrozen)
     # CRIU undoes what it did whenever it can still answer; this one could not.
     unlocked = network.unlock(pid, criu.env)
-    raise conversation.failure(answer, log_path, refrozen, unlocked, before.ended())
+    raise conversation.failure(answer, log_path, refrozen, unlocked)
 
 
 class _Conversation:
@@ -223,7 +223,6 @@ class _Conversation:
         log_path: str,
         refrozen: bool | None,
         unlocked: bool | None = None,
-        ended: tuple[int, ...] = (),
     ) -> CriuError:
         """The error of a conversation that ended in anything but a good dump."""
         log = read_log(log_path)
@@ -241,11 +240,6 @@ class _Conversation:
                 "; it left the container's network cut off: remove the chain CRIU from the filter "
                 "tables in its network namespace"
             )
-        if ended:
-            text += (
-                "; processes of the container that ended meanwhile (the one CRIU was reading gets "
-                f"SIGPIPE when CRIU dies): {', '.join(map(str, ended))}"
-            )
         if log:
             text += f"; log: {log_path}"
         error = CriuError(
@@ -255,7 +249,6 @@ class _Conversation:
             errno=errno,
             died=answer is None,
             refrozen=refrozen,
-            ended=ended,
         )
         error.__cause__ = self.callback_error
         return error
@@ -282,12 +275,11 @@ class _Conversation:
 
 
 class _Before:
-    """The container as it was before a dump, to compare and to go back to."""
+    """The freezer as it was before a dump, to go back to."""
 
     def __init__(self, cgroup: str | None) -> None:
         self._cgroup = cgroup
         self._state = freezer.state(cgroup) if cgroup else None
-        self._processes = _processes(cgroup) if cgroup else {}
 
     def put_freezer_back(self) -> bool | None:
         """The freezer as it was. A CRIU that failed by itself has done so already; one that was
@@ -301,10 +293,6 @@ class _Before:
         if wanted == freezer.FROZEN:
             _wait_cured(self._cgroup)
         return freezer.put_back(self._cgroup, wanted, _FREEZE_TIMEOUT_S)
-
-    def ended(self) -> tuple[int, ...]:
-        """Which of its processes are no more."""
-        return tuple(pid for pid, start in self._processes.items() if _start_time(pid) != start)
 
 
 def _query(criu: Swrk | Service, request: rpc.CriuReq) -> rpc.CriuResp:
@@ -339,7 +327,7 @@ def _query(criu: Swrk | Service, request: rpc.CriuReq) -> rpc.CriuResp:
 
 
 def _wait_cured(cgroup: str) -> None:
-    """Wait until no process of the cgroup is traced or carries CRIU's code."""
+    """Wait until no process of the cgroup runs CRIU's code any more."""
     deadline = time.monotonic() + _CURE_TIMEOUT_S
     while time.monotonic() < deadline:
         if not any(_infected(pid) for pid in _processes(cgroup)):
@@ -347,40 +335,37 @@ def _wait_cured(cgroup: str) -> None:
         time.sleep(0.01)
 
 
-def _processes(cgroup: str) -> dict[int, int]:
-    """The living processes of a cgroup and of those below it: pid -> start time."""
-    found = {}
+def _processes(cgroup: str) -> list[int]:
+    """The processes of a cgroup and of those below it."""
+    pids = []
     for directory, _, _ in os.walk(cgroup):
         try:
             with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as file:
-                pids = [int(line) for line in file]
+                pids += [int(line) for line in file]
         except OSError:
             continue
-        for pid in pids:
-            start = _start_time(pid)
-            if start is not None:
-                found[pid] = start
-    return found
-
-
-def _start_time(pid: int) -> int | None:
-    """Clock ticks after boot (proc(5): field 22), None where the process has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name, field 2, may hold anything, but a ")" ends it.
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    return pids
 
 
 def _infected(pid: int) -> bool:
-    """compel puts its code into a shared mapping of a memory file of this name."""
+    """Whether a thread of the process is within CRIU's code. compel maps that from a memory
+    file of this name; the mapping stays when its threads have left, so their place decides."""
     try:
-        with open(f"/proc/{pid}/maps", "rb") as file:
-            return b"CRIUMFD" in file.read()
-    except OSError:
-        return False
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+            ranges = [line.split(" ", 1)[0].split("-") for line in file if "/memfd:CRIUMFD" in line]
+        if not ranges:
+            return False
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{tid}/syscall", encoding="ascii") as file:
+                # Its last word is the instruction pointer, unless the thread is "running".
+                place = file.read().split()[-1]
+            if place == "running" or any(
+                int(start, 16) <= int(place, 16) < int(end, 16) for start, end in ranges
+            ):
+                return True
+    except (OSError, ValueError, IndexError):
+        pass  # it has ended
+    return False
 
 
 def _forget(path: str) -> None:

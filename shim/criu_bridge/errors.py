@@ -15,8 +15,7 @@ class CriuError(Exception):
 
     `log_path`: CRIU's log, where it wrote one; `first_error`: the first error line in it;
     `died`: CRIU ended without an answer (killed, crashed, or killed by us on a deadline);
-    `refrozen`: after it the freezer is what it was before (None where there is no freezer);
-    `ended`: processes of the container that ended while CRIU died, pids as we see them.
+    `refrozen`: after it the freezer is what it was before (None where there is no freezer).
     """
 
     def __init__(
@@ -28,7 +27,6 @@ class CriuError(Exception):
         errno: int = 0,
         died: bool = False,
         refrozen: bool | None = None,
-        ended: tuple[int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.log_path = log_path
@@ -36,7 +34,6 @@ class CriuError(Exception):
         self.errno = errno
         self.died = died
         self.refrozen = refrozen
-        self.ended = ended
 
 
 # A CRIU log line is "(seconds.micros) [pid: ]Error (file.c:line): text"; the first lines of a
@@ -45,9 +42,9 @@ _ERROR = re.compile(
     r"^(?:\(\d+\.\d+\)\s+)?(?:pie: )?(?:\d+: )?(Error \([^)]*\): .*)$", re.MULTILINE
 )
 
-# Lines that CRIU calls errors and goes on after: util.c tries for more descriptors than a
-# process without CAP_SYS_RESOURCE may have.
-_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE")
+# Lines that CRIU calls errors and goes on after: it tries for more descriptors than a process
+# without CAP_SYS_RESOURCE may have (util.c), and, once after boot, for a tun device (kerndat.c).
+_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|tun: Unable to create tun")
 
 # The part of a log that is read: errors come at the end, yet the first of them may precede
 # megabytes of clean-up lines.

@@ -88,7 +88,6 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         answer["error"] = str(error)
         answer["died"] = error.died
         answer["refrozen"] = error.refrozen
-        answer["ended"] = error.ended
         answer["first_error"] = error.first_error
     if "tmpfs" in order:
         LIBC.umount2(order["images"].encode(), 0)
