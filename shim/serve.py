@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 
 from shim import group, log, messages, places
@@ -27,6 +28,7 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
     log.open_fifo(os.path.join(home, "log"))
     os.chdir("/")
     _rank_for_oom()
+    sys.setswitchinterval(0.0005)  # seconds a computing handler may hold up the proxy
     group.record_process(home, "outer", os.getpid())
     try:
         inner = Client(connect(inner_address))

@@ -1,0 +1,1 @@
+"""The same jobs on a real NVIDIA GPU: what travels to the machine, and what is run there."""
