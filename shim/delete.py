@@ -16,7 +16,7 @@ from shim import bundle, group, inner, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.cli import Invocation
+    from shim.invocation import Invocation
 
 _BUDGET = 2.5
 """Seconds for ending a group, out of containerd's 5; the stock delete needs the rest."""
@@ -28,8 +28,11 @@ def run(call: Invocation) -> int:
     if address.startswith(f"unix://{places.SOCKETS}/"):
         home = places.group_directory(address)
         if os.path.isdir(home) and not _listening(places.socket_of(address)):
-            _end_group(home)
-            _unlink(places.socket_of(address))
+            lock = group.lock(home)
+            if not _listening(places.socket_of(address)):  # the group has not begun again
+                _end_group(home)
+                group.unlink(places.socket_of(address))
+            os.close(lock)
     return inner.exec_delete(call.argv, call.get("publish-binary"))
 
 
@@ -53,7 +56,9 @@ def _end_group(home: str) -> None:
                 os.kill(pid, 9)
         except ProcessLookupError:
             pass
-        _unlink(places.socket_of(bundle.address_in(group.answer(home))))
+    inner_address = bundle.address_in(group.answer(home))
+    if inner_address:
+        group.unlink(places.socket_of(inner_address))
     group.remove(home)
 
 
@@ -87,10 +92,3 @@ def _end_tasks(home: str) -> None:
         ask("Delete", messages.ExecRequest(id=container_id))
     ask("Shutdown", messages.ShutdownRequest(now=True))
     client.close()
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass

@@ -17,7 +17,7 @@ from shim import bundle, group, inner, options, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.cli import Invocation
+    from shim.invocation import Invocation
 
 _BACKLOG = 128
 
@@ -33,7 +33,8 @@ def run(call: Invocation) -> int:
     address = _address(call.get("address"), call.get("namespace"), grouping)
     home = places.group_directory(address)
 
-    lock = _lock(address)
+    os.makedirs(places.SOCKETS, mode=0o700, exist_ok=True)
+    lock = group.lock(home)  # two containers of a pod may start together
     listener = _listen(places.socket_of(address))
     if listener is None:
         answer = _answer(group.answer(home), address)
@@ -54,6 +55,7 @@ def run(call: Invocation) -> int:
     if daemon == 0:
         os.close(lock)
         _daemon(listener, home, call.get("namespace"), bundle.address_in(inner_answer))
+    group.record_process(home, "outer", daemon)
     listener.close()
     os.close(lock)
     _reply(here, _answer(inner_answer, address))
@@ -67,17 +69,6 @@ def _address(containerd: str, namespace: str, grouping: str) -> str:
 
     text = os.path.join(containerd, namespace, "grit", grouping)
     return f"unix://{places.SOCKETS}/{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _lock(address: str) -> int:
-    """One `start` of a group at a time: two containers of a pod may start together."""
-    import fcntl
-
-    os.makedirs(places.RUN, mode=0o700, exist_ok=True)
-    os.makedirs(places.SOCKETS, mode=0o700, exist_ok=True)
-    fd = os.open(places.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    return fd
 
 
 def _listen(path: str) -> socket.socket | None:

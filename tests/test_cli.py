@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from shim.cli import Invocation, UsageError, main
+from shim.cli import main
+from shim.invocation import Invocation, UsageError
 
 
 def test_containerds_start_call() -> None:
