@@ -19,6 +19,7 @@ import time
 
 from shim import bundle, checkpoint_dir, gpu, log, messages, options, places
 from shim.criu_bridge import client, request
+from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Service, Swrk
 from shim.cuda import record
@@ -197,10 +198,8 @@ def _criu(container: Container, plugin: bool) -> Swrk | Service:
     settings = container.config
     if settings.criu_service:
         return Service(settings.criu_service)
-    environment = dict(os.environ)
     if container.suspension is None or not plugin:
-        environment["CRIU_LIBS_DIR"] = places.NO_PLUGINS
-        return Swrk(settings.criu, environment)
+        return Swrk(settings.criu, criu_config.environment())
     answers = _record_path(container)
     record.write(
         answers,
@@ -208,9 +207,11 @@ def _criu(container: Container, plugin: bool) -> Swrk | Service:
         nvidia_command=settings.cuda_checkpoint or "",
         timeout=settings.dump_timeout,
     )
-    environment[record.VARIABLE] = answers
-    environment["CRIU_LIBS_DIR"] = gpu.plugin_directory(settings)
-    environment["PATH"] = f"{places.commands()}:{environment.get('PATH', os.defpath)}"
+    environment = criu_config.environment(
+        plugins=gpu.plugin_directory(settings),
+        commands=places.commands(),
+        extra={record.VARIABLE: answers},
+    )
     return Swrk(settings.criu, environment)
 
 

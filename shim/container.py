@@ -9,14 +9,38 @@ from __future__ import annotations
 import threading
 
 from shim import cgroup, messages, runcstate
+from shim.cuda.suspension import Process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.config import GritOptions
     from shim.cuda.suspension import Suspension
+    from shim.manifest import Manifest
     from shim.protowire import Message
-    from shim.restore import Restore
     from shim.ttrpc import Client
+
+
+class Restore:
+    """What Start needs to know: the image directory, its manifest (None for images that another
+    tool wrote), and the diff of the root file system that nobody else applies."""
+
+    __slots__ = ("images", "manifest", "rootfs_diff")
+
+    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
+        self.images = images
+        self.manifest = manifest
+        self.rootfs_diff = rootfs_diff
+
+    @property
+    def processes(self) -> list[Process]:
+        """The CUDA processes the images hold."""
+        if self.manifest is None:
+            return []
+        return [Process.from_dict(plain) for plain in self.manifest.cuda_processes]
+
+    @property
+    def engine(self) -> str:
+        return self.manifest.engine if self.manifest else "none"
 
 
 class Container:

@@ -13,9 +13,6 @@ RUN = "/run/containerd/grit"
 SOCKETS = "/run/containerd/s"
 """Where every shim's socket lies; compiled into containerd (2.1 pkg/shim/util_unix.go)."""
 
-NO_PLUGINS = RUN
-"""For a CRIU that must load no plugin: its plugin directory must exist, and hold none."""
-
 FAILURES = "/var/log/containerd-shim-grit"
 """CRIU's logs of failed restores: the bundle that held them goes with the task."""
 

@@ -17,21 +17,20 @@ import shutil
 
 from shim import bundle, checkpoint_dir, gpu, log, messages, places
 from shim.checkpoint_dir import CheckpointDirError
-from shim.criu_bridge import freezer
+from shim.container import Restore
+from shim.criu_bridge import config as criu_config
+from shim.criu_bridge import freezer, request
 from shim.criu_bridge.errors import explain, first_error, read_log
-from shim.cuda.suspension import Process
-from shim.manifest import Manifest
 from shim.ttrpc import StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.config import GritOptions
     from shim.container import Container
+    from shim.manifest import Manifest
 
 ANNOTATION = "grit.dev/checkpoint"
 CRIU_CONFIG = "grit-criu.conf"
-_CRIU_ANNOTATION = "org.criu.config"
-_RUNC_CONFIG = "/etc/criu/runc.conf"
 
 _THAW_SECONDS = 10.0
 
@@ -40,38 +39,15 @@ class RestoreError(Exception):
     """A restore that was refused or failed; nothing of it is running."""
 
 
-class Restore:
-    """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), and the diff of the root file system that nobody else applies."""
-
-    __slots__ = ("images", "manifest", "rootfs_diff")
-
-    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
-        self.images = images
-        self.manifest = manifest
-        self.rootfs_diff = rootfs_diff
-
-    @property
-    def processes(self) -> list[Process]:
-        """The CUDA processes the images hold."""
-        if self.manifest is None:
-            return []
-        return [Process.from_dict(plain) for plain in self.manifest.cuda_processes]
-
-    @property
-    def engine(self) -> str:
-        return self.manifest.engine if self.manifest else "none"
-
-
-def prepare(container: Container, request: messages.CreateTaskRequest) -> Restore | None:
+def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore | None:
     """Decides whether the container is to be restored, and from where; None if it is not.
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
-    CRI); else the annotation `grit.dev/checkpoint`. Changes `request` and the bundle's
+    CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
     config.json to match. Raises CheckpointDirError or RestoreError with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
-    images, diff = request.checkpoint, None
+    images, diff = create.checkpoint, None
     if not images:
         images = _annotated(bundle.annotations_of(spec), container)
         if not images:
@@ -82,7 +58,7 @@ def prepare(container: Container, request: messages.CreateTaskRequest) -> Restor
     if found.engine == "plugin":
         _require_plugin(container.config, images)
     _write_criu_config(container, spec, found)
-    request.checkpoint = images
+    create.checkpoint = images
     return found
 
 
@@ -99,8 +75,8 @@ def fill_rootfs(container: Container) -> None:
 def start(container: Container) -> bytes:
     """Restores the processes and gives them their GPU back; the inner shim's answer to Start.
 
-    Raises RestoreError, with the container killed and CRIU's log kept, if any CUDA process does
-    not run; the inner shim's StatusError, with the log's first error added, if CRIU failed.
+    Raises RestoreError, with the container killed, if any CUDA process does not run; the inner
+    shim's StatusError if CRIU failed. Both with CRIU's log kept and its reason added.
     """
     found = container.restore
     assert found is not None
@@ -113,10 +89,8 @@ def start(container: Container) -> bytes:
         if found.processes:
             gpu.resume_restored(container, found.processes, found.engine)
     except Exception as error:
-        raise RestoreError(
-            f"container {container.id}: restored from {found.images}, but {error}; "
-            + _kill(container)
-        ) from error
+        text = f"container {container.id}: restored from {found.images}, but {error}"
+        raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.restore = None
     log.info("restored", id=container.id, images=found.images, engine=found.engine)
     return reply
@@ -172,33 +146,27 @@ def _require_plugin(config: GritOptions, images: str) -> None:
 
 def _write_criu_config(container: Container, spec: dict[str, Any], found: Restore) -> None:
     """Writes the options `runc restore` does not pass on into a CRIU configuration file, with
-    what the node's or the container's own file says before them."""
+    what the container's own or runc's file says before them."""
     notes = bundle.annotations_of(spec)
     settings = container.config
     made_with = found.manifest.options if found.manifest else {}
-    lines = []
-    base = notes.get(_CRIU_ANNOTATION, _RUNC_CONFIG)
-    if base:
-        try:
-            with open(base, encoding="utf-8") as file:
-                lines += file.read().splitlines()
-        except FileNotFoundError:
-            pass
+    lines: list[tuple[str, str | None]] = []
     if settings.tcp == "close":
-        lines.append("tcp-close")
+        lines.append(("tcp-close", None))
     elif settings.tcp == "established" or made_with.get("tcp_established"):
-        lines.append("tcp-established")
+        lines.append(("tcp-established", None))
     if settings.file_locks or made_with.get("file_locks"):
-        lines.append("file-locks")
+        lines.append(("file-locks", None))
     if settings.ext_unix_sockets or made_with.get("ext_unix_sockets"):
-        lines.append("ext-unix-sk")
+        lines.append(("ext-unix-sk", None))
     if found.engine == "plugin":
-        lines.append(f"libdir {gpu.plugin_directory(settings)}")
+        lines.append(("libdir", gpu.plugin_directory(settings)))
     elif found.engine == "driver":
-        lines.append(f"libdir {places.NO_PLUGINS}")
+        lines.append(("libdir", criu_config.NO_PLUGINS))
+    base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
     path = os.path.join(container.bundle, CRIU_CONFIG)
-    bundle.replace(path, "".join(f"{line}\n" for line in lines), mode=0o600)
-    spec["annotations"] = {**notes, _CRIU_ANNOTATION: path}
+    bundle.replace(path, criu_config.file_text(lines, base), mode=0o600)
+    spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
 
 
