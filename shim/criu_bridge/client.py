@@ -27,6 +27,8 @@ LOG_NAME = "dump.log"
 # A query is answered by CRIU alone, with no container involved.
 _QUERY_TIMEOUT_S = 30.0
 
+_CANCELLED = "the dump was cancelled"
+
 # What CRIU gets to undo a dump that was stopped, before it is killed.
 GRACE_S = 10.0
 
@@ -84,7 +86,7 @@ def dump(
     the log's name are filled in here. `on_notify(name)` is called for each notification, on
     this thread, with CRIU waiting; False or an exception makes CRIU undo the dump. After
     `deadline_s` seconds, or `cancel`, CRIU is made to undo the dump, and killed if it does not.
-    A `cancel` after the notification "post-dump" comes too late: everything is written then.
+    A `cancel` after "post-dump" was answered comes too late: everything is written then.
 
     Raises CriuError; then the images are worthless and the processes live on, frozen if they
     were frozen before.
@@ -174,7 +176,8 @@ class _Conversation:
                     self.killed = True
                     connection.kill(self._pid)
                     return None
-                self._stop(connection)
+                late = f"the deadline of {self._deadline_s} s passed"
+                self._stop(connection, _CANCELLED if self._cancelled() else late)
                 limit = time.monotonic() + GRACE_S
                 continue
             try:
@@ -186,19 +189,24 @@ class _Conversation:
             if answer.type != rpc.NOTIFY:
                 return answer
             self._answer_notification(connection, answer)
+            if self._cancelled() and not self.stopped:
+                self._stop(connection, _CANCELLED)
+                limit = time.monotonic() + GRACE_S
 
-    def _stop(self, connection: Connection) -> None:
-        if self._cancel is not None and self._cancel.cancelled and not self.written:
-            self.stopped = "the dump was cancelled"
-        else:
-            self.stopped = f"the deadline of {self._deadline_s:g} s passed"
+    def _cancelled(self) -> bool:
+        return self._cancel is not None and self._cancel.cancelled and not self.written
+
+    def _stop(self, connection: Connection, why: str) -> None:
+        self.stopped = why
         if not self.written:
             connection.starve()
 
     def _answer_notification(self, connection: Connection, answer: rpc.CriuResp) -> None:
         name = (answer.notify.script if answer.notify else None) or ""
         self.notifications.append((name, time.monotonic() - self._start))
-        success = self.stopped is None and self._consent(name)
+        success = not self.stopped and not self._cancelled() and self._consent(name)
+        # The callback may have taken its time.
+        success = success and not self._cancelled()
         self.written = self.written or (success and name == "post-dump")
         reply = rpc.CriuReq(type=rpc.NOTIFY, notify_success=success)
         # Where CRIU has gone the next receive says so.

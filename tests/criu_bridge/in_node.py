@@ -23,7 +23,7 @@ ROOT = "/grit"
 sys.path.insert(0, ROOT)
 
 from shim import runcstate  # noqa: E402
-from shim.criu_bridge import client, freezer, images, request, transport  # noqa: E402
+from shim.criu_bridge import client, config, freezer, images, request, transport  # noqa: E402
 from shim.criu_bridge.errors import CriuError  # noqa: E402
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -32,11 +32,12 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
     """`id`, `images`, `work`; `options` of DumpOptions; `service`: path of a service's socket;
-    `env` for CRIU; `tmpfs`: lay a tmpfs of that size over `images`; `deadline` and `grace` in
-    seconds; and what to do (`do`) at the notification `at`, or "pages" while pages are being
-    written: "refuse", "raise", "cancel", "kill" (CRIU, SIGKILL) or "stop" (CRIU, SIGSTOP)."""
+    `environment` of config.environment, then `env` for CRIU; `tmpfs`: lay a tmpfs of that size
+    over `images`; `deadline` and `grace` in seconds; and what to do (`do`) at the notification
+    `at`, or "pages" while pages are being written: "refuse", "raise", "cancel", "kill" (CRIU,
+    SIGKILL) or "stop" (CRIU, SIGSTOP)."""
     state = runcstate.load(runcstate.DEFAULT_ROOT, "default", order["id"])
-    env = {**os.environ, **order.get("env", {})}
+    env = {**config.environment(**order.get("environment", {})), **order.get("env", {})}
     criu: transport.Swrk | transport.Service = transport.Swrk("criu", env)
     if "service" in order:
         criu = transport.Service(order["service"])
