@@ -7,12 +7,33 @@
         processes     "<name> <pid> <start time>" for the outer and the inner shim
         tasks/<id>    the bundle of each task, for a `delete` that finds the daemon dead
 
-`start` makes it, the daemon keeps it, the daemon's end or `delete` removes it.
+`start` makes it, the daemon keeps it, the daemon's end or `delete` removes it. Whoever makes or
+removes it, and with it the sockets, holds its `lock`: a group that ends may begin again at once.
 """
 
 from __future__ import annotations
 
 import os
+
+
+def lock(group: str) -> int:
+    """Makes the directory if need be and locks it against other processes until the descriptor
+    returned is closed; waits its turn."""
+    import fcntl
+
+    while True:
+        os.makedirs(group, mode=0o700, exist_ok=True)
+        try:
+            fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(fd), os.stat(group)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # removed, and perhaps made anew, while we waited
 
 
 def prepare(group: str, grouping: str, log: str) -> None:
@@ -85,6 +106,14 @@ def tasks(group: str) -> dict[str, str]:
         return {name: _read(os.path.join(folder, name)) for name in os.listdir(folder)}
     except FileNotFoundError:
         return {}
+
+
+def unlink(path: str) -> None:
+    """Removes a socket's file; one that is gone already is fine."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def remove(group: str) -> None:

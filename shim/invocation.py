@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SWITCHES = frozenset({"debug", "v", "info", "h", "help"})
-_VALUES = frozenset({"namespace", "address", "publish-binary", "id", "bundle", "socket"})
+_VALUES = frozenset(
+    {"namespace", "address", "publish-binary", "id", "bundle", "socket", "debug-socket"}
+)
 
 
 class UsageError(Exception):

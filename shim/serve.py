@@ -9,6 +9,7 @@ and a shim given up is a container killed.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -17,6 +18,9 @@ import threading
 from shim import group, log, messages, places
 from shim.tasks import Tasks
 from shim.ttrpc import Client, Proxy, StatusError, connect
+
+_ENDING = 1000
+"""Milliseconds for the inner shim to be gone after it has hung up."""
 
 
 def run(listener: socket.socket, home: str, namespace: str, inner_address: str) -> int:
@@ -29,7 +33,6 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
     os.chdir("/")
     _rank_for_oom()
     sys.setswitchinterval(0.0005)  # seconds a computing handler may hold up the proxy
-    group.record_process(home, "outer", os.getpid())
     try:
         inner = Client(connect(inner_address))
         _record_inner(home, inner)
@@ -79,12 +82,32 @@ def _rank_for_oom() -> None:
 
 
 def _leave(home: str, address: str, inner_address: str) -> None:
-    """Removes the sockets and, if no task is left for `delete` to end, the group's records. The
-    inner shim of containerd 2.x leaves its socket, as it looks for it under another name
-    (2.1 pkg/shim/util_unix.go)."""
-    if group.living_process(home, "inner"):
-        return
-    for path in (address, places.socket_of(inner_address)):
-        if os.path.exists(path):
-            os.unlink(path)
-    group.remove(home)
+    """Removes the sockets and the group's records, unless `delete` was quicker and the group has
+    begun again, or the inner shim lives on and `delete` has its tasks to end.
+
+    The inner shim of containerd 2.x leaves its socket, as it looks for it under another name
+    (2.1 pkg/shim/util_unix.go).
+    """
+    lock = group.lock(home)
+    if group.living_process(home, "outer") in (0, os.getpid()):
+        if not _lives_on(group.living_process(home, "inner")):
+            group.unlink(address)
+            group.unlink(places.socket_of(inner_address))
+            group.remove(home)
+    os.close(lock)
+
+
+def _lives_on(pid: int) -> bool:
+    """Whether a process is there to stay: one that closed its connections may be ending still."""
+    if not pid:
+        return False
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        return not poll.poll(_ENDING)
+    finally:
+        os.close(process)
