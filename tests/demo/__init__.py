@@ -1,0 +1,1 @@
+"""`make demo`: a GPU container checkpointed by stock containerd, killed and restored."""
