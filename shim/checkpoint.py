@@ -72,9 +72,9 @@ def checkpoint(
         try:
             _dump(container, draft, wanted)
         except Exception as failure:
-            if was_paused:
-                raise  # paused it still is, and the client's Resume is to come
-            raise CheckpointError(f"{failure}; {_undo(container)}") from failure
+            # A client that paused it has its Resume still to come.
+            left = "the container stays paused" if was_paused else _undo(container)
+            raise CheckpointError(f"{failure}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
         elif not was_paused:
@@ -260,11 +260,12 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
 
 def _undo(container: Container) -> str:
     """Resumes a container that only this Checkpoint had paused; says how that went."""
+    had_gpu = container.suspension is not None
     try:
         resume(container)
     except Exception as error:
         return f"the container could not be resumed: {error}"
-    return "the container runs on" + (" with its GPU" if container.suspension else "")
+    return "the container runs on" + (" with its GPU" if had_gpu else "")
 
 
 def _explained(container: Container, error: CriuError) -> str:
