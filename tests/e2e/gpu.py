@@ -164,10 +164,10 @@ class Job:
     def ctr(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.node.ctr(*words, check=check, timeout=120)
 
-    def start_ctr(self, *words: str) -> Process:
-        """A `ctr` under way, its output in pipes."""
-        pipe = subprocess.PIPE
-        return self.node.popen(["ctr", *words], stdout=pipe, stderr=pipe)
+    def start_checkpoint(self, images: str) -> Process:
+        """`ctr task checkpoint --image-path` under way, its output in pipes."""
+        words = ["ctr", "task", "checkpoint", "--image-path", images, self.name]
+        return self.node.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def checkpoint_task(
         self, images: str, *flags: str, check: bool = True

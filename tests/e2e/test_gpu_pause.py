@@ -1,0 +1,199 @@
+"""Pause and Resume alone, what is answered while a dump is under way, and a container that is
+killed in the middle of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from shim.cuda.discovery import anonymous_memory
+from tests.e2e.gpu import configure, go_on, honouring, until
+from tests.simgpu import simgpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.e2e.gpu import Job
+    from tests.nodes.node import Node
+    from tests.simgpu.simgpu import SimGpu
+
+    Place = tuple[Node, SimGpu]
+    StartJob = Callable[..., Job]
+
+NESTED = "--cap-add=CAP_SYS_ADMIN"
+
+
+def suspensions(node: Node) -> int:
+    return node.containerd_log().count('msg="GPU suspended"')
+
+
+def test_pause_gives_the_memory_back(gpu_node: Place, start_job: StartJob) -> None:
+    node, board = gpu_node
+    configure(node)
+    job = start_job()
+    held = board.owners()
+    before = job.next_report()
+    for _ in range(2):
+        job.ctr("task", "pause", job.name)
+        assert job.status() == "PAUSED"
+        assert board.owners() == {}
+        job.ctr("task", "resume", job.name)
+        assert job.status() == "RUNNING"
+        assert board.owners() == held
+        assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
+    go_on(before, job.next_report())
+
+
+def test_pause_with_nested_namespace(gpu_node: Place, start_job: StartJob) -> None:
+    """CRIU dumps no nested pid namespace, and says so; suspended it is like any other, and it
+    goes on unharmed."""
+    node, board = gpu_node
+    configure(node)
+    words = ["--procs", "newpid,init,ctx", "--bytes", str(1 << 20)]
+    job = start_job(*words, options=[NESTED], runtime=honouring(node))
+    names = [f"/status.p{number}" for number in range(3)]
+    for name in names:
+        job.next_report(name)
+    held = board.owners()
+    assert len(held) == 4
+    job.ctr("task", "pause", job.name)
+    assert board.owners() == {}
+    job.ctr("task", "resume", job.name)
+    assert board.owners() == held
+    done = job.checkpoint_task("/var/tmp/nested", check=False)
+    assert done.returncode != 0
+    assert "pid namespace" in done.stderr
+    assert board.owners() == held
+    for name in names:
+        job.next_report(name)
+
+
+def test_pause_without_gpu(gpu_node: Place, start_job: StartJob) -> None:
+    """No helper, no driver: the stock path."""
+    node, board = gpu_node
+    configure(node)
+    so_far = suspensions(node)
+    job = start_job("--kind", "cpu")
+    job.ctr("task", "pause", job.name)
+    assert job.status() == "PAUSED"
+    again = job.ctr("task", "pause", job.name, check=False)
+    assert "cannot pause a paused container" in again.stderr
+    job.ctr("task", "resume", job.name)
+    job.next_report()
+    again = job.ctr("task", "resume", job.name, check=False)
+    assert "cannot resume a running container" in again.stderr
+    assert suspensions(node) == so_far
+    assert board.owners() == {}
+
+
+def hold_criu(node: Node) -> int:
+    """Stops the CRIU that is dumping just now, once it holds the container; its host pid."""
+    (pid,) = until("a CRIU at work", lambda: at_work(node), 30)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def at_work(node: Node) -> list[int]:
+    """Host pids of the CRIUs that have opened their log."""
+    found = []
+    for pid in node.pids("criu"):
+        try:
+            if any("dump.log" in os.readlink(fd) for fd in node.path(f"/proc/{pid}/fd").iterdir()):
+                found.append(node.host_pid(pid))
+        except OSError:
+            continue
+    return found
+
+
+def answers(job: Job) -> None:
+    """State, Pids, exec's refusal and a signal, as at any time."""
+    assert job.status() in ("RUNNING", "PAUSED")
+    assert str(job.node_pid()) in job.ctr("task", "ps", job.name).stdout
+    job.ctr("task", "metrics", job.name)
+    job.ctr("task", "kill", "--signal", "SIGCONT", job.name)
+
+
+def test_answers_while_copying(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    """4 MiB at 2 MB/s take 2 s, within which everything else is answered."""
+    node, board = gpu_node
+    configure(node, engine=engine)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    board.fault("speed=2000000")
+    pid, memory = job.pid(), anonymous_memory(job.pid())
+    dump = job.start_checkpoint(images)
+    until("a copy", lambda: anonymous_memory(pid) != memory)
+    answers(job)
+    assert dump.poll() is None
+    assert dump.wait(60) == 0, dump.communicate()
+    board.end_faults()
+    go_on(before, job.next_report())
+
+
+def test_answers_while_criu_dumps(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    node, _ = gpu_node
+    configure(node, engine=engine)
+    job = start_job("--cpu-bytes", str(64 << 20), runtime=honouring(node))
+    before = job.next_report()
+    dump = job.start_checkpoint(images)
+    criu = hold_criu(node)
+    answers(job)
+    assert dump.poll() is None
+    os.kill(criu, signal.SIGCONT)
+    assert dump.wait(60) == 0, dump.communicate()
+    go_on(before, job.next_report())
+
+
+def test_killed_while_criu_dumps(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    node, board = gpu_node
+    configure(node, engine=engine)
+    job = start_job("--cpu-bytes", str(64 << 20), runtime=honouring(node))
+    dump = job.start_checkpoint(images)
+    criu = hold_criu(node)
+    job.ctr("task", "kill", "--signal", "SIGKILL", job.name)
+    os.kill(criu, signal.SIGCONT)
+    assert dump.wait(60) != 0
+    until("the task's end", lambda: job.status() == "STOPPED")
+    assert board.owners() == {}
+    assert not node.pids("criu")
+    assert not node.path(images).exists()
+    assert not list(node.path(images).parent.glob(".*"))
+
+
+def test_killed_while_locking(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    node, board = gpu_node
+    configure(node, engine=engine)
+    job = start_job(runtime=honouring(node))
+    board.fault("lock=never")
+    dump = job.start_checkpoint(images)
+    until("the helper", lambda: any("helper" in " ".join(w) for w in node.processes().values()))
+    job.ctr("task", "kill", "--signal", "SIGKILL", job.name)
+    assert dump.wait(60) != 0
+    until("the task's end", lambda: job.status() == "STOPPED")
+    assert not node.path(images).exists()
+
+
+def test_killed_while_copying(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    node, board = gpu_node
+    configure(node, engine=engine)
+    job = start_job(runtime=honouring(node))
+    board.fault("speed=500000")
+    pid, memory = job.pid(), anonymous_memory(job.pid())
+    dump = job.start_checkpoint(images)
+    until("a copy", lambda: anonymous_memory(pid) != memory)
+    job.ctr("task", "kill", "--signal", "SIGKILL", job.name)
+    assert dump.wait(60) != 0
+    until("the task's end", lambda: job.status() == "STOPPED")
+    assert board.owners() == {}
+    assert not list(node.path(images).parent.rglob("*.img"))
