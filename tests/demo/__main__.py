@@ -145,12 +145,15 @@ def grit_path(screen: Screen, node: Node, board: SimGpu) -> None:
     phases = [(name, f"{seconds:.2f} s") for name, seconds in manifest["phases"].items()]
     screen.table([("phase", "time"), *phases])
 
-    rows = [("", "before checkpoint", "after restore", "in the image")]
-    rows.append(("counter", str(before.counter), str(after.counter), ""))
-    rows.append(("digest of device memory", before.device, after.device, inside))
-    rows.append(("digest of CPU memory", before.cpu, after.cpu, ""))
-    rows.append(("digest of its file", before.file, after.file, ""))
-    screen.table([tuple(row) for row in rows])
+    screen.table(
+        [
+            ("", "before checkpoint", "after restore", "in the image"),
+            ("counter", str(before.counter), str(after.counter), ""),
+            ("digest of device memory", before.device, after.device, inside),
+            ("digest of CPU memory", before.cpu, after.cpu, ""),
+            ("digest of its file", before.file, after.file, ""),
+        ]
+    )
     job.end()
     job.remove_checkpoints()
 

@@ -53,7 +53,7 @@ class Images:
         digest = next(words[2] for words in lines if words[0] == reference)
         index = json.loads(_blob(node, digest).read_text())
         tar = next(one["digest"] for one in index["manifests"] if one["mediaType"] == CRIU_TAR)
-        self._tar = tarfile.open(_blob(node, tar))
+        self._tar = tarfile.TarFile(_blob(node, tar))
         self._members = {
             entry.name.removeprefix("./"): entry for entry in self._tar if entry.isfile()
         }

@@ -21,15 +21,15 @@ class Screen:
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
         """One line: the title when the phase begins, its time when it ends. Inside, print nothing
-        else; a failure ends the line with `failed` and goes on to the caller."""
+        else; what stops the phase ends the line and goes on to the caller."""
         self._number += 1
         lead = f"[{self._number:2}] {title} "
         print(lead.ljust(WIDTH - 10, "."), end="", flush=True)
         began = time.monotonic()
         try:
             yield
-        except BaseException:
-            print(" failed", flush=True)
+        except BaseException as error:
+            print(" failed" if isinstance(error, Exception) else " stopped", flush=True)
             raise
         print(f" {time.monotonic() - began:6.2f} s", flush=True)
 
