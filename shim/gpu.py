@@ -58,7 +58,7 @@ def resume(container: Container, suspension: Suspension) -> None:
 
     with _driver(container.config) as driver:
         engine.resume(suspension, driver, policy(container.config))
-    log.info("GPU resumed", id=container.id, processes=len(suspension.processes))
+    _log_resumed("GPU resumed", container, suspension.processes)
 
 
 def missed(container: Container, suspension: Suspension) -> list[int]:
@@ -76,9 +76,22 @@ def resume_restored(
     from shim.cuda import engine
 
     with _driver(container.config) as driver:
-        return engine.resume_restored(
+        restored = engine.resume_restored(
             container.pids, expected, driver, policy(container.config), engine=engine_name
         )
+    _log_resumed("GPU restored", container, restored)
+    return restored
+
+
+def _log_resumed(message: str, container: Container, processes: list[Process]) -> None:
+    """With the seconds that the slowest process took for each of the driver's steps."""
+    seconds = {
+        step: round(
+            max((p.steps[step]["seconds"] for p in processes if step in p.steps), default=0), 3
+        )
+        for step in ("restore", "unlock")
+    }
+    log.info(message, id=container.id, processes=len(processes), **seconds)
 
 
 def plugin_directory(config: GritOptions) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 from shim import bundle, checkpoint_dir, gpu, log, messages, places
 from shim.checkpoint_dir import CheckpointDirError
@@ -80,10 +81,12 @@ def start(container: Container) -> bytes:
     """
     found = container.restore
     assert found is not None
+    began = time.monotonic()
     try:
         reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
+    criu = round(time.monotonic() - began, 3)
     try:
         _thaw(container)
         if found.processes:
@@ -92,7 +95,7 @@ def start(container: Container) -> bytes:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.restore = None
-    log.info("restored", id=container.id, images=found.images, engine=found.engine)
+    log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
     return reply
 
 
