@@ -345,7 +345,7 @@ def _bring_back(
         if not answer.ok and process.state != GONE:
             raise CudaError(f"{process}: {action} failed: {_reason(answer)}; it is {process.state}")
 
-    try:
+    def from_here() -> None:
         process.state = _ask(process, driver, PATIENT_SECONDS) or GONE
         if process.state == states.CHECKPOINTED != target:
             act("restore", policy.copy_timeout, device_map)
@@ -353,6 +353,12 @@ def _bring_back(
             act("unlock", ANSWER_SECONDS)
         if process.state not in (target, GONE):
             raise CudaError(f"{process}: is {process.state}, should be {target}")
+
+    try:
+        try:
+            from_here()
+        except HelperDied:  # that is no word of the driver's: a new helper asks how far it came
+            from_here()
     except CudaError as error:
         if not discovery.alive(process.pid, process.start_time):
             process.state = GONE
