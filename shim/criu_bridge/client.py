@@ -103,8 +103,8 @@ def dump(
         try:
             opts.images_dir_fd = images_fd
             opts.work_dir_fd = work_fd
-            conversation = _Conversation(criu, pid, on_notify, deadline_s, cancel)
-            answer = conversation.run(rpc.CriuReq(type=rpc.DUMP, opts=opts))
+            conversation = _Conversation(criu, opts, on_notify, deadline_s, cancel)
+            answer = conversation.run()
         finally:
             os.close(work_fd)
     finally:
@@ -125,13 +125,14 @@ class _Conversation:
     def __init__(
         self,
         criu: Swrk | Service,
-        pid: int,
+        opts: rpc.CriuOpts,
         on_notify: OnNotify | None,
         deadline_s: float | None,
         cancel: Cancel | None,
     ) -> None:
         self._criu = criu
-        self._pid = pid
+        self._opts = opts
+        self._pid = opts.pid or 0
         self._on_notify = on_notify
         self._deadline_s = deadline_s
         self._cancel = cancel
@@ -145,7 +146,7 @@ class _Conversation:
         self.callback_error: Exception | None = None
         self.refused: str | None = None  # the notification on_notify said no to
 
-    def run(self, request: rpc.CriuReq) -> rpc.CriuResp | None:
+    def run(self) -> rpc.CriuResp | None:
         """CRIU's final answer, or None where it ended without one."""
         try:
             connection = self._criu.open()
@@ -153,7 +154,7 @@ class _Conversation:
             raise CriuError(f"cannot dump pid {self._pid}: {err.strerror}") from err
         with connection:
             try:
-                connection.send(request.encode())
+                connection.send(rpc.CriuReq(type=rpc.DUMP, opts=self._opts).encode())
             except OSError:
                 answer = None
             else:
@@ -248,6 +249,9 @@ class _Conversation:
                 "; it left the container's network cut off: remove the chain CRIU from the filter "
                 "tables in its network namespace"
             )
+        if answer is None and self._opts.tcp_established:
+            # CRIU had them in repair mode (criu/sk-tcp.c), where any call on them fails.
+            text += "; TCP connections that were open may have broken"
         if log:
             text += f"; log: {log_path}"
         error = CriuError(

@@ -133,6 +133,12 @@ def test_an_end_without_an_answer(
     assert caught.value.died
 
 
+def test_connections_a_dead_criu_may_have_broken_are_mentioned(fake: Fake) -> None:
+    opts = rpc.CriuOpts(pid=4711, tcp_established=True)
+    with pytest.raises(CriuError, match="TCP connections that were open may have broken"):
+        client.dump(fake.criu([{"exit": 1}]), opts, str(fake.images), str(fake.work))
+
+
 def test_the_first_error_of_the_log_and_its_meaning(fake: Fake) -> None:
     log = "(00.1) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider\n"
     with pytest.raises(CriuError) as caught:
