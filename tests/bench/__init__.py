@@ -1,0 +1,1 @@
+"""What grit costs beside the stock shim: `make bench`."""
