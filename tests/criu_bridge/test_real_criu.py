@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shim.criu_bridge import config
+from shim.criu_bridge import config, rpc
 from tests.nodes import cuda_plugin
 from tests.nodes.image import build_image, reference
 from tests.nodes.node import Node
@@ -176,6 +176,60 @@ def test_the_version(node: Node) -> None:
     said = node.run(["python3", "-c", asked]).stdout
     expected = node.run(["criu", "--version"]).stdout.split()[1]
     assert said.startswith(f"({', '.join((expected + '.0').split('.')[:3])}) CriuFeatures(")
+
+
+@pytest.mark.parametrize("pod", [False, True], ids=["alone", "in a pod"])
+def test_our_request_is_the_one_runc_sends(
+    run: Callable[..., Container], node: Node, pod: bool
+) -> None:
+    flags = ["--null-io", "--mount", "type=bind,src=/etc/hostname,dst=/etc/bound,options=rbind:ro"]
+    # A device node is a bind mount of its own only in the eyes of CRIU.
+    flags += ["--device", "/dev/full", "--annotation", "org.criu.config=/etc/criu/own.conf"]
+    if node.cgroup == "v1":
+        # Without a cgroup namespace runc makes one bind mount of each controller's tree.
+        flags += ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"]
+    if pod:
+        sandbox = run()
+        flags += [f"--with-ns={k}:/proc/{sandbox.pid()}/ns/{f}" for k, f in NAMESPACES.items()]
+    container = run(COUNT, *flags)
+    bin = node.path("/var/tmp/listening")
+    bin.mkdir(exist_ok=True)
+    script = f'#!/bin/sh\nexec python3 {ROOT}/tests/criu_bridge/listening_criu.py "$@"\n'
+    (bin / "criu").write_text(script)
+    (bin / "criu").chmod(0o755)
+    where = ["--image-path", "/var/tmp/no-images", "--work-path", "/var/tmp/no-work"]
+    wishes = ["--leave-running", "--tcp-established", "--file-locks"]
+    ran = node.run(
+        [*RUNC, "checkpoint", *where, *wishes, container.id],
+        env={"PATH": "/var/tmp/listening:/usr/sbin:/usr/bin", "REQUEST": "/var/tmp/request"},
+        check=False,
+    )
+    assert "criu failed: type DUMP" in ran.stderr
+    theirs = rpc.CriuReq.decode(node.path("/var/tmp/request").read_bytes()).opts
+    asked = (
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "from shim import runcstate\n"
+        "from shim.criu_bridge import request\n"
+        f"state = runcstate.load(runcstate.DEFAULT_ROOT, 'default', {container.id!r})\n"
+        "options = request.DumpOptions("
+        "leave_running=True, tcp_established=True, file_locks=True)\n"
+        "sys.stdout.write(request.dump_options(state, options).encode().hex())"
+    )
+    ours = rpc.CriuOpts.decode(bytes.fromhex(node.run(["python3", "-c", asked]).stdout))
+    assert theirs is not None
+    # Where they write to is filled in when a dump begins.
+    assert theirs.log_file == "dump.log"
+    theirs.images_dir_fd = theirs.work_dir_fd = theirs.log_file = None
+    if node.name == "13":
+        # runc 1.1 leaves these at CRIU's defaults, which is what we say.
+        assert theirs.manage_cgroups_mode is None
+        theirs.manage_cgroups_mode = rpc.CG_DEFAULT
+        theirs.tcp_skip_in_flight = theirs.link_remap = False
+    assert ours == theirs
+    assert ours.config_file == "/etc/criu/own.conf"
+    assert len(ours.external) == (2 if pod else 0)
+    controllers = [m.key for m in ours.ext_mnt if m.key and m.key.startswith("/sys/fs/cgroup/")]
+    assert ("/sys/fs/cgroup/freezer" in controllers) is (node.cgroup == "v1")
 
 
 # --- good dumps ---------------------------------------------------------------------------
