@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, gpu, log, messages, options, places
+from shim import bundle, checkpoint_dir, devices, gpu, log, messages, options, places
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
@@ -240,8 +240,8 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         image=notes.get("io.kubernetes.cri.image-name", ""),
         runtime="containerd-shim-grit-v1",
         engine=suspension.engine if suspension else "none",
-        driver_version=gpu.driver_version() if suspension else None,
-        gpus=gpu.installed() if suspension else [],
+        driver_version=devices.driver_version() if suspension else None,
+        gpus=devices.of_running(container.runc_state().init_process_pid) if suspension else [],
         criu_version=criu,
         kernel=system.release,
         hostname=system.nodename,

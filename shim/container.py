@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), and the diff of the root file system that nobody else applies."""
+    tool wrote), the diff of the root file system that nobody else applies, and the driver's map of
+    GPUs, "" for the same ones."""
 
-    __slots__ = ("images", "manifest", "rootfs_diff")
+    __slots__ = ("device_map", "images", "manifest", "rootfs_diff")
 
-    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
+    def __init__(
+        self, images: str, manifest: Manifest | None, rootfs_diff: str | None, device_map: str
+    ) -> None:
+        self.device_map = device_map
         self.images = images
         self.manifest = manifest
         self.rootfs_diff = rootfs_diff
@@ -57,6 +61,7 @@ class Container:
         "namespace",
         "orphanable",
         "paused_by",
+        "raised_limits",
         "restore",
         "runc",
         "service",
@@ -89,6 +94,8 @@ class Container:
         """The connection whose Pause has not met its Resume."""
         self.orphanable = False
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
+        self.raised_limits: dict[str, tuple[int, int]] = {}
+        """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 
@@ -120,6 +127,12 @@ class Container:
     def pids(self) -> list[int]:
         """Every process of the container, execs and nested pid namespaces included."""
         return cgroup.processes(self.freezer())
+
+    def memory_group(self) -> str:
+        """The directory of the control group that the container's memory is charged to; "" if
+        runc recorded none."""
+        paths = self.runc_state().cgroup_paths
+        return paths.get("memory") or paths.get("", "")
 
     def forget_pause(self) -> None:
         """The Pause has met its end: a Resume, or the end of all processes."""

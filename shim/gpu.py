@@ -6,10 +6,9 @@ process started.
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 
-from shim import log, places
+from shim import headroom, log, places
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 
@@ -29,7 +28,10 @@ PLUGIN_DIRECTORY = "/usr/lib/criu"
 
 def suspend(container: Container) -> Suspension:
     """Takes the GPU from all CUDA processes of a running container, or from none; a false one if
-    there are none. Raises CudaError with every process as it was found, or saying which is not."""
+    there are none. Raises CudaError with every process as it was found, or saying which is not.
+
+    With the driver engine the copies lie on the host afterwards, with CRIU's plugin they are yet
+    to be made; before either, `headroom` has its say."""
     from shim.cuda.suspension import Suspension
 
     if not discovery.candidates(container.pids()):
@@ -37,7 +39,16 @@ def suspend(container: Container) -> Suspension:
     from shim.cuda import engine
 
     with _driver(container.config) as driver:
-        suspension = engine.suspend(container.pids, driver, policy(container.config))
+        try:
+            suspension = engine.suspend(
+                container.pids,
+                driver,
+                policy(container.config),
+                before_copy=lambda processes: headroom.make_room(container, processes),
+            )
+        except BaseException:
+            headroom.put_back(container)
+            raise
     if suspension:
         log.info(
             "GPU suspended",
@@ -47,6 +58,8 @@ def suspend(container: Container) -> Suspension:
             bytes=sum(process.device_bytes for process in suspension.processes),
             seconds=round(suspension.seconds, 3),
         )
+    else:
+        headroom.put_back(container)  # whoever held device memory has died meanwhile
     return suspension
 
 
@@ -57,7 +70,10 @@ def resume(container: Container, suspension: Suspension) -> None:
     from shim.cuda import engine
 
     with _driver(container.config) as driver:
-        engine.resume(suspension, driver, policy(container.config))
+        try:
+            engine.resume(suspension, driver, policy(container.config))
+        finally:
+            headroom.put_back(container)
     _log_resumed("GPU resumed", container, suspension.processes)
 
 
@@ -69,15 +85,21 @@ def missed(container: Container, suspension: Suspension) -> list[int]:
 
 
 def resume_restored(
-    container: Container, expected: list[Process], engine_name: str
+    container: Container, expected: list[Process], engine_name: str, device_map: str
 ) -> list[Process]:
-    """Gives a restored container's processes their GPU back, or, for the plugin engine, checks
-    that CRIU's plugin has. Raises CudaError naming each process that does not run."""
+    """Gives a restored container's processes their GPU back, by `device_map` on other GPUs than
+    before, or, for the plugin engine, checks that CRIU's plugin has. Raises CudaError naming each
+    process that does not run."""
     from shim.cuda import engine
 
     with _driver(container.config) as driver:
         restored = engine.resume_restored(
-            container.pids, expected, driver, policy(container.config), engine=engine_name
+            container.pids,
+            expected,
+            driver,
+            policy(container.config),
+            engine=engine_name,
+            device_map=device_map,
         )
     _log_resumed("GPU restored", container, restored)
     return restored
@@ -117,28 +139,6 @@ def policy(config: GritOptions) -> Policy:
         plugin_dir=plugin_directory(config),
         criu_version=criu_version,
     )
-
-
-def driver_version() -> str | None:
-    """The kernel driver's version, "580.159.04", None without one."""
-    try:
-        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
-            words = file.readline().split()
-    except OSError:
-        return None
-    return next((word for word in words if word[:1].isdigit() and "." in word), None)
-
-
-def installed() -> list[dict[str, str]]:
-    """The node's GPUs by uuid and name, as the kernel driver lists them."""
-    root = "/proc/driver/nvidia/gpus"
-    found = []
-    for slot in sorted(os.listdir(root)) if os.path.isdir(root) else []:
-        with open(os.path.join(root, slot, "information"), encoding="utf-8") as file:
-            facts = dict(line.partition(":")[::2] for line in file)
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
-        found.append({"uuid": facts.get("GPU UUID", ""), "name": facts.get("Model", "")})
-    return found
 
 
 @contextmanager

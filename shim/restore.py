@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, gpu, log, messages, places
+from shim import bundle, checkpoint_dir, devices, gpu, log, messages, places
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
@@ -55,7 +55,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
             return None
         diff = checkpoint_dir.rootfs_diff(images)
     manifest = _verified(images)
-    found = Restore(images, manifest, diff)
+    found = Restore(images, manifest, diff, _device_map(manifest, spec))
     if found.engine == "plugin":
         _require_plugin(container.config, images)
     _write_criu_config(container, spec, found)
@@ -90,7 +90,7 @@ def start(container: Container) -> bytes:
     try:
         _thaw(container)
         if found.processes:
-            gpu.resume_restored(container, found.processes, found.engine)
+            gpu.resume_restored(container, found.processes, found.engine, found.device_map)
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
@@ -136,6 +136,21 @@ def _verified(images: str) -> Manifest | None:
             + "; ".join(map(str, problems))
         )
     return manifest
+
+
+def _device_map(manifest: Manifest | None, spec: dict[str, Any]) -> str:
+    """The driver's device map for the GPUs this container is given, "" where it needs none."""
+    if manifest is None or not manifest.cuda_processes:
+        return ""
+    named = bundle.annotations_of(spec).get(devices.ANNOTATION, "")
+    found = devices.successors(manifest.gpus, devices.of_spec(spec), named)
+    if found and manifest.engine == "plugin":
+        raise RestoreError(
+            f"the checkpoint was made on other GPUs ({found}) by the plugin engine, and CRIU's "
+            "CUDA plugin knows no device map: restore it on the same GPUs, or checkpoint with "
+            'engine = "driver"'
+        )
+    return found
 
 
 def _require_plugin(config: GritOptions, images: str) -> None:
