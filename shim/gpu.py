@@ -84,6 +84,17 @@ def missed(container: Container, suspension: Suspension) -> list[int]:
     return [one.pid for one in engine.missed(suspension, container.pids())]
 
 
+def require(container: Container, engine_name: str) -> None:
+    """Raises LibraryError, with the reason, unless this node can give processes their GPU back by
+    the engine that took it: before anything is restored, not after."""
+    from shim.cuda import engine
+
+    wanted = policy(container.config)
+    wanted.engine = engine_name
+    with _driver(container.config) as driver:
+        engine.choose(wanted, driver.library())
+
+
 def resume_restored(
     container: Container, expected: list[Process], engine_name: str, device_map: str
 ) -> list[Process]:

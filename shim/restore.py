@@ -22,11 +22,11 @@ from shim.container import Restore
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge import freezer, request
 from shim.criu_bridge.errors import explain, first_error, read_log
+from shim.cuda.errors import CudaError
 from shim.ttrpc import StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.config import GritOptions
     from shim.container import Container
     from shim.manifest import Manifest
 
@@ -56,8 +56,8 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         diff = checkpoint_dir.rootfs_diff(images)
     manifest = _verified(images)
     found = Restore(images, manifest, diff, _device_map(manifest, spec))
-    if found.engine == "plugin":
-        _require_plugin(container.config, images)
+    if found.processes:
+        _require_engine(container, found)
     _write_criu_config(container, spec, found)
     create.checkpoint = images
     return found
@@ -153,13 +153,14 @@ def _device_map(manifest: Manifest | None, spec: dict[str, Any]) -> str:
     return found
 
 
-def _require_plugin(config: GritOptions, images: str) -> None:
-    plugin = os.path.join(gpu.plugin_directory(config), "cuda_plugin.so")
-    if not os.path.exists(plugin):
+def _require_engine(container: Container, found: Restore) -> None:
+    try:
+        gpu.require(container, found.engine)
+    except CudaError as error:
         raise RestoreError(
-            f"{images} was made by the plugin engine and can only be restored with CRIU's CUDA "
-            f"plugin, which is not at {plugin}; install it or set plugin_dir under [grit]"
-        )
+            f"container {container.id}: {found.images} holds {len(found.processes)} CUDA processes "
+            f"suspended by the {found.engine} engine, and this node cannot bring them back: {error}"
+        ) from error
 
 
 def _write_criu_config(container: Container, spec: dict[str, Any], found: Restore) -> None:
