@@ -1,17 +1,18 @@
-"""The C declarations of libcuda's checkpoint calls, and the generator of `_libcuda.py` from them.
+"""The C declarations of the NVIDIA libraries' calls that we use, and the generator of `_libcuda.py`
+and `_libnvml.py` from them.
 
-Run `python -m shim.cuda.declarations` after a change; a test checks that the two are in step. They
+Run `python -m shim.cuda.declarations` after a change; a test checks that they are in step. They
 are compiled ahead of time because parsing C at run time costs 40 ms, more than all the rest of a
-`cuda-checkpoint` call. Layouts: CUDA driver API, group CUDA_CHECKPOINT (12.8; `gpu_pairs` and
-`gpu_pairs_count` since 13.0, where 12.x has reserved bytes that must be zero). All argument
-structures are 64 bytes. Names of types and fields are ours: only the layout is the driver's.
+`cuda-checkpoint` call. Names of types and fields are ours: only the layout is the driver's.
 """
 
 from __future__ import annotations
 
 import os
 
-DECLARATIONS = """
+# CUDA driver API, group CUDA_CHECKPOINT (12.8; `gpu_pairs` and `gpu_pairs_count` since 13.0, where
+# 12.x has reserved bytes that must be zero). All argument structures are 64 bytes.
+CUDA = """
 typedef struct { unsigned int timeout_ms; unsigned int zero; uint64_t zeroes[7]; } lock_args;
 typedef struct { uint64_t zeroes[8]; } checkpoint_args;
 typedef struct { char old_uuid[16]; char new_uuid[16]; } gpu_pair;
@@ -30,7 +31,24 @@ int cuCheckpointProcessRestore(int pid, restore_args *args);
 int cuCheckpointProcessUnlock(int pid, unlock_args *args);
 """
 
-GENERATED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_libcuda.py")
+# NVML API reference, nvmlProcessInfo_t as _v3 of the call takes it (r510 and later). A device
+# handle is an opaque pointer.
+NVML = """
+typedef struct {
+    unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance;
+} process_memory;
+
+int nvmlInit_v2(void);
+int nvmlShutdown(void);
+const char *nvmlErrorString(int code);
+int nvmlDeviceGetCount_v2(unsigned int *count);
+int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **device);
+int nvmlDeviceGetComputeRunningProcesses_v3(
+    void *device, unsigned int *count, process_memory *processes);
+"""
+
+MODULES = {"_libcuda": CUDA, "_libnvml": NVML}
+DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 HEADER = """# Made by shim/cuda/declarations.py; do not edit.
 # ruff: noqa
 # fmt: off
@@ -38,13 +56,14 @@ HEADER = """# Made by shim/cuda/declarations.py; do not edit.
 """
 
 
-def generate(path: str) -> None:
-    """Writes the compiled declarations to `path`."""
+def generate(module: str, directory: str) -> None:
+    """Writes the compiled declarations of one of MODULES into `directory`."""
     from cffi import FFI
 
+    path = os.path.join(directory, f"{module}.py")
     ffi = FFI()
-    ffi.cdef(DECLARATIONS)
-    ffi.set_source("shim.cuda._libcuda", None)
+    ffi.cdef(MODULES[module])
+    ffi.set_source(f"shim.cuda.{module}", None)
     ffi.emit_python_code(path)  # says so on stdout
     with open(path, encoding="ascii") as file:
         text = file.read()
@@ -53,4 +72,5 @@ def generate(path: str) -> None:
 
 
 if __name__ == "__main__":
-    generate(GENERATED)
+    for name in MODULES:
+        generate(name, DIRECTORY)

@@ -71,7 +71,8 @@ class Driver:
 
     def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
         """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
-        (argument: device map) or unlock. Returns within `timeout` seconds of the helper being up.
+        (argument: device map) or unlock; or memory, the bytes of device memory in use by NVML's
+        word. Returns within `timeout` seconds of the helper being up.
 
         Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does
         not start, LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an

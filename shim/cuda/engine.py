@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias, TypeVar
 
     Pids: TypeAlias = Callable[[], list[int]]  # host pids of the container, as of now
+    BeforeCopy: TypeAlias = Callable[[list[Process]], None]
     _T = TypeVar("_T")
     _R = TypeVar("_R")
 
@@ -96,14 +97,18 @@ def _against_plugin(policy: Policy) -> str:
     return ""
 
 
-def suspend(pids: Pids, driver: Driver, policy: Policy) -> Suspension:
+def suspend(
+    pids: Pids, driver: Driver, policy: Policy, before_copy: BeforeCopy = lambda processes: None
+) -> Suspension:
     """Locks all CUDA processes among `pids()`; with the driver engine also copies their device
     memory to the host and lets go of the GPU.
 
     `pids` is asked again until no new CUDA process shows up. Without any, nothing is started and
-    nothing asked. Raises CudaError after undoing everything: no process then is in another state
-    than it was found in, or the text says which is, as the driver itself reports."""
-    return _Suspend(pids, driver, policy).run()
+    nothing asked. `before_copy` gets the locked processes that are to be copied next, and may
+    refuse by raising; it is not called with the plugin engine, which does not copy yet. Raises
+    CudaError after undoing everything: no process then is in another state than it was found in,
+    or the text says which is, as the driver itself reports."""
+    return _Suspend(pids, driver, policy, before_copy).run()
 
 
 def resume(suspension: Suspension, driver: Driver, policy: Policy) -> None:
@@ -184,10 +189,11 @@ def missed(suspension: Suspension, pids: list[int]) -> list[discovery.Candidate]
 class _Suspend:
     """One run of `suspend`: what it has touched so far, to undo exactly that."""
 
-    def __init__(self, pids: Pids, driver: Driver, policy: Policy) -> None:
+    def __init__(self, pids: Pids, driver: Driver, policy: Policy, before_copy: BeforeCopy) -> None:
         self.pids = pids
         self.driver = driver
         self.policy = policy
+        self.before_copy = before_copy
         self.began = time.monotonic()
         self.suspension = Suspension()
 
@@ -267,11 +273,25 @@ class _Suspend:
                         f"{_reason(answer)}"
                     )
                 _verify(process, self.driver, states.LOCKED, "after its lock was granted")
+            if process.state == states.LOCKED:
+                self.measure(process)
         except CudaError:
             if discovery.alive(process.pid, process.start_time):
                 raise
             process.state = GONE
         return process.state != GONE
+
+    def measure(self, process: Process) -> None:
+        """Notes how much device memory it holds: locked, it can take no more."""
+        try:
+            answer = self.driver.call("memory", process.pid, timeout=ANSWER_SECONDS)
+        except CudaError as error:  # no reason to give up: it is a question of our own
+            process.note = str(error)
+            return
+        if answer.ok:
+            process.held_bytes = answer.value
+        else:
+            process.note = answer.name
 
     def copy_until_quiet(self) -> None:
         """Copies what is locked, and what has got CUDA while that was copied."""
@@ -281,6 +301,7 @@ class _Suspend:
                 raise CudaError(
                     f"new CUDA processes kept appearing for {self.policy.copy_timeout:.0f} s"
                 )
+            self.before_copy(locked)
             errors, _ = _in_parallel(locked, self.copy)
             if errors:
                 raise CudaError("; ".join(map(str, errors)))

@@ -59,7 +59,10 @@ def _answer(
     number, action, pid, argument = request.decode().split("\t")
     started = time.monotonic()
     try:
-        code, value = _perform(backend, action, int(pid), argument)
+        if action == "memory":
+            code, value = states.SUCCESS, _memory(int(pid), cuda)
+        else:
+            code, value = _perform(backend, action, int(pid), argument)
         name = cuda.error_name(code)
     except Exception as error:  # a call must be answered, or the shim waits for its deadline
         code, value, name = states.UNKNOWN, 0, f"{error}"
@@ -68,6 +71,12 @@ def _answer(
         peer.send(_line(number, code, name, value, started, ended))
     except OSError:
         os._exit(0)  # the shim is gone
+
+
+def _memory(pid: int, cuda: LibCuda) -> int:
+    from shim.cuda import nvml
+
+    return nvml.used(pid, cuda.path)
 
 
 def _perform(

@@ -25,6 +25,8 @@ class Process:
     restore_tid: the driver's thread in it, 0 if unknown.
     before: the state it was found in. state: the last one the driver confirmed.
     steps: how long each step took: lock, checkpoint, restore, unlock.
+    held_bytes: device memory it had in use when it was locked, its contexts' included, by NVML's
+        word; None if that is not known (`note` then says why).
     device_bytes, region: size and [start, end) of the memory region that appeared in the process
         while the driver copied: its device memory, on the host. 0 and None if none was seen.
     note: what is odd about it, or "".
@@ -34,6 +36,7 @@ class Process:
         "before",
         "comm",
         "device_bytes",
+        "held_bytes",
         "inner",
         "note",
         "pid",
@@ -55,6 +58,7 @@ class Process:
         before: str = "",
         state: str = "",
         steps: dict[str, Step] | None = None,
+        held_bytes: int | None = None,
         device_bytes: int = 0,
         region: tuple[int, int] | None = None,
         note: str = "",
@@ -67,6 +71,7 @@ class Process:
         self.before = before
         self.state = state
         self.steps = steps if steps is not None else {}
+        self.held_bytes = held_bytes
         self.device_bytes = device_bytes
         self.region = region
         self.note = note

@@ -31,6 +31,7 @@ def board(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimGpu:
     """One GPU of the test's own, whose device is not below /dev."""
     made = SimGpu(tmp_path / "gpus", kit).create()
     monkeypatch.setattr(discovery, "DEVICE_PREFIX", made.host_env()["SIMGPU_DEV_PREFIX"])
+    monkeypatch.setenv("SIMGPU_DIR", str(made.directory))  # where the helper's NVML looks
     return made
 
 

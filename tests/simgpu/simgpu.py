@@ -2,9 +2,9 @@
 spec, make things go wrong, and look who holds device memory. Knows nothing of grit; must never be
 imported by the product.
 
-A *kit* is what is built once: `lib/libcuda.so.1`, the workload, and a C library of its own for
-images that have none. A *board directory* is the state of one machine's GPUs; it must outlive the
-containers that use it.
+A *kit* is what is built once: `lib/libcuda.so.1` and `lib/libnvidia-ml.so.1`, the workload, and a
+C library of its own for images that have none. A *board directory* is the state of one machine's
+GPUs; it must outlive the containers that use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 SOURCE = Path(__file__).parent / "src"
-LIBRARY_PARTS = ("api.c", "board.c", "caller.c", "driver.c", "faults.c", "gate.c")
+LIBRARIES = {
+    "libcuda": ("api.c", "board.c", "caller.c", "driver.c", "faults.c", "gate.c"),
+    "libnvidia-ml": ("nvml.c",),
+}
 
 # Where a container finds things. The workload's ELF interpreter is below KIT, so it is fixed.
 KIT = "/opt/simgpu"
@@ -95,12 +98,13 @@ def _compile(root: Path) -> None:
     for part in ("lib", "libc", "bin"):
         (root / part).mkdir()
     gcc = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-    version_script = f"-Wl,--version-script={SOURCE / 'libcuda.map'}"
-    _run(
-        [*gcc, *link, version_script, "-o", str(root / "lib/libcuda.so.1")]
-        + [str(SOURCE / part) for part in LIBRARY_PARTS]
-    )
+    for name, parts in LIBRARIES.items():
+        link = ["-shared", "-fPIC", f"-Wl,-soname,{name}.so.1"]
+        version_script = f"-Wl,--version-script={SOURCE / name}.map"
+        _run(
+            [*gcc, *link, version_script, "-o", str(root / f"lib/{name}.so.1")]
+            + [str(SOURCE / part) for part in parts]
+        )
     workload = str(SOURCE / "workload.c")
     host = str(root / "bin/simgpu-workload-host")
     _run([*gcc, "-o", host, workload])

@@ -13,19 +13,10 @@
 
 #include "sim.h"
 
-enum { HEADER = 4096, MAX_OWNERS = 4096 };
 static const off_t MUTEX_BYTE = (off_t)1 << 40;
-static const off_t OWNER_BYTE = (off_t)1 << 41;
-
-struct header {
-    char magic[8];
-    uint32_t page_size;
-    uint32_t npages;
-    uint8_t uuid[16];
-};
 
 struct sim_gpu sim_gpus[SIM_MAX_GPUS];
-static char board_dir[200] = "/run/simgpu";
+static char board_dir[200] = SIM_BOARDS;
 static char dev_prefix[200] = "/dev/nvidia";
 static uint32_t table[SIM_MAX_PAGES]; /* the owner table of the board in hand */
 
@@ -50,7 +41,7 @@ static bool record_lock(int fd, int cmd, short type, off_t byte)
 static bool owner_lives(struct sim_gpu *g, uint32_t slot)
 {
     struct flock lock = {
-        .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = OWNER_BYTE + slot, .l_len = 1};
+        .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = SIM_OWNER_BYTE + slot, .l_len = 1};
     if (slot == g->slot)
         return true;
     return fcntl(g->table_fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
@@ -59,19 +50,19 @@ static bool owner_lives(struct sim_gpu *g, uint32_t slot)
 /* Reads the table under the board's mutex and frees the pages of the dead. */
 static bool table_begin(struct sim_gpu *g)
 {
-    static uint8_t known[MAX_OWNERS + 1]; /* 0 not asked, 1 alive, 2 dead */
+    static uint8_t known[SIM_MAX_OWNERS + 1]; /* 0 not asked, 1 alive, 2 dead */
     size_t bytes = g->npages * sizeof table[0];
 
     if (!record_lock(g->table_fd, F_OFD_SETLKW, F_WRLCK, MUTEX_BYTE))
         return false;
-    if (pread(g->table_fd, table, bytes, HEADER) != (ssize_t)bytes) {
+    if (pread(g->table_fd, table, bytes, SIM_TABLE) != (ssize_t)bytes) {
         record_lock(g->table_fd, F_OFD_SETLK, F_UNLCK, MUTEX_BYTE);
         return false;
     }
     memset(known, 0, sizeof known);
     for (uint32_t p = 0; p < g->npages; p++) {
         uint32_t slot = table[p];
-        if (slot == 0 || slot > MAX_OWNERS)
+        if (slot == 0 || slot > SIM_MAX_OWNERS)
             continue;
         if (known[slot] == 0)
             known[slot] = owner_lives(g, slot) ? 1 : 2;
@@ -84,12 +75,12 @@ static bool table_begin(struct sim_gpu *g)
 static bool table_end(struct sim_gpu *g, bool write)
 {
     ssize_t bytes = (ssize_t)(g->npages * sizeof table[0]);
-    bool ok = !write || pwrite(g->table_fd, table, (size_t)bytes, HEADER) == bytes;
+    bool ok = !write || pwrite(g->table_fd, table, (size_t)bytes, SIM_TABLE) == bytes;
     record_lock(g->table_fd, F_OFD_SETLK, F_UNLCK, MUTEX_BYTE);
     return ok;
 }
 
-static int open_in(int board, const char *name, struct header *header)
+static int open_in(int board, const char *name, struct sim_header *header)
 {
     char path[256];
     snprintf(path, sizeof path, "%s/gpu%d/%s", board_dir, board, name);
@@ -113,7 +104,7 @@ static void close_fd(int *fd)
 
 CUresult board_attach(struct sim_gpu *g, int board)
 {
-    struct header header;
+    struct sim_header header;
     char dev[256];
 
     g->table_fd = g->memory_fd = g->dev_fd = -1;
@@ -131,8 +122,8 @@ CUresult board_attach(struct sim_gpu *g, int board)
         close_fd(&g->table_fd);
         return CUDA_ERROR_OPERATING_SYSTEM;
     }
-    for (uint32_t slot = 1; slot <= MAX_OWNERS && g->slot == 0; slot++)
-        if (record_lock(g->table_fd, F_SETLK, F_WRLCK, OWNER_BYTE + slot))
+    for (uint32_t slot = 1; slot <= SIM_MAX_OWNERS && g->slot == 0; slot++)
+        if (record_lock(g->table_fd, F_SETLK, F_WRLCK, SIM_OWNER_BYTE + slot))
             g->slot = slot;
     /* The dead owner of our slot was swept by table_begin: its pages must not become ours. */
     table_end(g, true);
@@ -149,7 +140,7 @@ CUresult board_attach(struct sim_gpu *g, int board)
 int board_find(const uint8_t uuid[16])
 {
     for (int board = 0; board < SIM_MAX_GPUS; board++) {
-        struct header header;
+        struct sim_header header;
         int fd = open_in(board, "table", &header);
         if (fd < 0)
             continue;

@@ -8,12 +8,26 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "simcuda.h"
 
 /* ---- board.c: device memory in files outside the process ---- */
 
 enum { SIM_MAX_GPUS = 8, SIM_PAGE = 65536, SIM_MAX_PAGES = 1 << 18 };
+
+/* The table on disk: this header, at SIM_TABLE the owner slots. Slot N's owner holds a record lock
+ * on byte SIM_OWNER_BYTE + N. */
+enum { SIM_TABLE = 4096, SIM_MAX_OWNERS = 4096 };
+#define SIM_OWNER_BYTE ((off_t)1 << 41)
+#define SIM_BOARDS "/run/simgpu"
+
+struct sim_header {
+    char magic[8];
+    uint32_t page_size;
+    uint32_t npages;
+    uint8_t uuid[16];
+};
 
 /* One GPU as this process sees it. Device addresses are stable; the board and the pages behind
  * them change with every restore, as behind a GPU's MMU. */
