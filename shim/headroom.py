@@ -1,0 +1,148 @@
+"""Whether a container's device memory fits on the host, asked before the first byte is copied.
+
+The copy lies in memory of the container's own processes, so it is charged to the container's
+control group and to all above it. Where it does not fit the kernel kills the workload; so the
+checkpoint is refused, or, if the node's settings say so, the container's own limit raised until
+its GPU is given back. The groups above (the pod's) share their memory with other containers: they
+and the node's are never raised.
+"""
+
+from __future__ import annotations
+
+from shim import log, memcg
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.container import Container
+    from shim.cuda.suspension import Process
+
+MARGIN_BYTES = 64 << 20
+"""For each process, beside the figure of NVML and its page tables. Measured (H200, r580, 0.5 to
+17.7 GB): the region is 10 MB larger than the figure, of which 75 MB are never touched."""
+
+_PAGE_TABLES = 512  # bytes mapped for each byte of page tables, which are charged as well
+_PAGE = 4096
+_SETTLE_SECONDS = 2.0
+_MEMINFO = "/proc/meminfo"
+
+
+class NoRoom(Exception):
+    """The copy would not fit; nothing was copied. The text says where and what to do."""
+
+
+def make_room(container: Container, processes: list[Process]) -> None:
+    """Checks that these locked processes' device memory fits on the host, or makes it fit.
+
+    A process whose device memory is not known counts as nothing, which is logged. Raises NoRoom,
+    or OSError if the limit cannot be raised; `put_back` is to follow then as after a Resume."""
+    need = 0
+    for process in processes:
+        if process.held_bytes is None:
+            log.warning(
+                "device memory of a process is not known and was not held against the limits",
+                id=container.id,
+                pid=process.pid,
+                reason=process.note,
+            )
+        else:
+            need += copy_bytes(process.held_bytes)
+    if not need:
+        return
+    what = (
+        f"container {container.id}: the device memory of {', '.join(map(str, processes))} needs "
+        f"{_size(need)} on the host"
+    )
+    available = _available()
+    if available < need:
+        raise NoRoom(
+            f"{what}, and the node has {_size(available)} available (MemAvailable). Free memory "
+            "on the node, or move the container's neighbours away."
+        )
+    own = container.memory_group()
+    limits = memcg.limits(own) if own else []
+    short = [limit for limit in limits if limit.free < need]
+    if not short:
+        return
+    above = [limit for limit in short if limit.group != own]
+    if above:
+        raise NoRoom(
+            f"{what}; {_room(above[0])}, a control group above the container's that is not ours "
+            "to raise. Raise the limit of the pod or slice."
+        )
+    if container.config.memory == "refuse":
+        raise NoRoom(
+            f'{what}; {_room(short[0])}. Raise the limit, or set memory = "raise" under [grit].'
+        )
+    # All of them: v1 takes no memory limit above the one of memory and swap together.
+    for limit in reversed([limit for limit in limits if limit.group == own]):
+        _raise(container, limit, need)
+
+
+def put_back(container: Container) -> None:
+    """Sets the limits that `make_room` raised to what they were. Never raises an error: the
+    container runs, and must not fail over this. What is in use above the old limit stays allowed,
+    loudly, until the next Resume tries again."""
+    for file, (before, raised) in reversed(list(container.raised_limits.items())):
+        try:
+            if memcg.value(file) != raised:
+                log.info("a raised memory limit was set by somebody else", id=container.id, at=file)
+            elif memcg.lower(file, before, _SETTLE_SECONDS):
+                log.info("memory limit put back", id=container.id, at=file, bytes=before)
+            else:
+                log.error(
+                    "a raised memory limit could not be put back: more is in use",
+                    id=container.id,
+                    at=file,
+                    now=raised,
+                    was=before,
+                    remedy=f"echo {before} > {file}",
+                )
+                continue
+        except FileNotFoundError:
+            pass  # the container is gone, its limits with it
+        except OSError as error:
+            log.error(
+                "a raised memory limit could not be put back",
+                id=container.id,
+                at=file,
+                now=raised,
+                was=before,
+                error=error,
+                remedy=f"echo {before} > {file}",
+            )
+            continue
+        del container.raised_limits[file]
+
+
+def copy_bytes(held: int) -> int:
+    """What the host needs for a process that holds so many bytes of device memory."""
+    need = held + held // _PAGE_TABLES + MARGIN_BYTES
+    return -(-need // _PAGE) * _PAGE  # the kernel keeps limits in whole pages
+
+
+def _raise(container: Container, limit: memcg.Limit, need: int) -> None:
+    """By all of `need`, not by what is missing: the workload's processor threads run on during
+    the copy and keep the room they had."""
+    raised = limit.value + need
+    memcg.set_limit(limit.file, raised)
+    before, _ = container.raised_limits.get(limit.file, (limit.value, 0))
+    container.raised_limits[limit.file] = before, raised
+    log.info("memory limit raised", id=container.id, at=limit.file, was=limit.value, bytes=raised)
+
+
+def _available() -> int:
+    """proc_meminfo(5) MemAvailable, in bytes."""
+    with open(_MEMINFO, encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise NoRoom(f"{_MEMINFO} has no MemAvailable")
+
+
+def _room(limit: memcg.Limit) -> str:
+    return f"{limit.file} is {_size(limit.value)}, of which {_size(limit.free)} are free"
+
+
+def _size(bytes_: int) -> str:
+    """12345678 -> "11.8 MiB"."""
+    return f"{bytes_ / (1 << 20):.1f} MiB"
