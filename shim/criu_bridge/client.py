@@ -32,6 +32,10 @@ _CANCELLED = "the dump was cancelled"
 # What CRIU gets to undo a dump that was stopped, before it is killed.
 GRACE_S = 10.0
 
+# How often a dump is held against the process dumped: a killed init waits for its threads, which
+# CRIU traces, and CRIU waits for it, for ever.
+_LOOK_S = 0.5
+
 # runc waits as long for a freeze (cgroups/fs2/freezer.go).
 _FREEZE_TIMEOUT_S = 10.0
 
@@ -169,9 +173,17 @@ class _Conversation:
         limit = None if self._deadline_s is None else self._start + self._deadline_s
         while True:
             deaf = self.stopped or self.written
-            data = connection.receive(limit, None if deaf else self._cancel)
+            look = time.monotonic() + _LOOK_S
+            wake = look if limit is None else min(limit, look)
+            data = connection.receive(wake, None if deaf else self._cancel)
             if data == b"":
                 return None
+            if data is None and not self.written and _ending(self._pid):
+                self.stopped = "the container ended during the dump"
+                connection.kill(self._pid)
+                return None
+            if data is None and wake == look and (deaf or not self._cancelled()):
+                continue
             if data is None:
                 if self.stopped:
                     self.killed = True
@@ -357,6 +369,16 @@ def _processes(cgroup: str) -> list[int]:
         except OSError:
             continue
     return pids
+
+
+def _ending(pid: int) -> bool:
+    """Whether a process is gone or on its way out (proc(5): field 9, PF_EXITING)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & 0x4)
 
 
 def _infected(pid: int) -> bool:

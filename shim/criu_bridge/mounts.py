@@ -13,16 +13,15 @@ _MAX_LINKS = 40
 
 
 class HookMount:
-    """A bind mount in a container that its configuration does not know: `destination` in the
-    container, `root` the path of its source within the source's file system `device`
-    ("8:1")."""
+    """A bind mount in a container that comes from outside it: `destination` is its mount point
+    in the container, `source` the path of the same file in our mount namespace (None where no
+    mount of ours shows it)."""
 
-    __slots__ = ("destination", "device", "root")
+    __slots__ = ("destination", "source")
 
-    def __init__(self, destination: str, device: str, root: str) -> None:
+    def __init__(self, destination: str, source: str | None) -> None:
         self.destination = destination
-        self.device = device
-        self.root = root
+        self.source = source
 
 
 def resolve_in_root(root: str, path: str) -> str:
@@ -80,13 +79,23 @@ def hook_mounts(pid: int, proc: str = "/proc") -> list[HookMount]:
     mounts = _mountinfo(f"{proc}/{pid}/mountinfo")
     roots = [mount for mount in mounts if mount.point == "/"]
     whole = {mount.device for mount in mounts if mount.root == "/"}
+    ours = _mountinfo(f"{proc}/self/mountinfo")
     return [
-        HookMount(mount.point, mount.device, mount.root)
+        HookMount(mount.point, _path_of(mount, ours))
         for mount in mounts
         if mount.point != "/"
         and mount.device not in whole
         and not any(mount.device == root.device and _below(mount.root, root.root) for root in roots)
     ]
+
+
+def _path_of(mount: _MountInfo, ours: list[_MountInfo]) -> str | None:
+    """Where the root of a mount of another namespace lies in ours."""
+    for mine in ours:
+        if mine.device == mount.device and _below(mount.root, mine.root):
+            rest = mount.root if mine.root == "/" else mount.root[len(mine.root) :]
+            return (mine.point.rstrip("/") + rest) or "/"
+    return None
 
 
 class _MountInfo:

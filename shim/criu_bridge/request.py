@@ -12,7 +12,12 @@ from __future__ import annotations
 import os
 
 from shim.criu_bridge import rpc
-from shim.criu_bridge.mounts import cgroup_v1_mount_points, hook_mounts, resolve_in_root
+from shim.criu_bridge.mounts import (
+    HookMount,
+    cgroup_v1_mount_points,
+    hook_mounts,
+    resolve_in_root,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -133,7 +138,11 @@ def dump_options(state: RunState, options: DumpOptions) -> rpc.CriuOpts:
         lazy_pages=False,
         config_file=options.config_file or default_config_file(state),
         external=_external_namespaces(state),
-        ext_mnt=_external_mounts(state),
+        ext_mnt=[
+            rpc.ExtMountMap(key=key, val=val)
+            for key, val in _configured_mounts(state)
+            + [(hooked.destination, hooked.destination) for hooked in mounts_of_hooks(state)]
+        ],
     )
 
 
@@ -141,6 +150,18 @@ def default_config_file(state: RunState) -> str | None:
     """The CRIU configuration file runc would name: that of the annotation, none where the
     annotation is empty, runc's own where there is no annotation. It need not exist."""
     return state.labels.get(CONFIG_ANNOTATION, DEFAULT_CONFIG_FILE) or None
+
+
+def mounts_of_hooks(state: RunState) -> list[HookMount]:
+    """Mounts that hooks made from outside (nvidia-container-cli does), which runc does not know
+    and CRIU would stumble over. Each goes into the images under its `destination`; a restore
+    needs the line `external mnt[DESTINATION]:SOURCE` in CRIU's configuration file."""
+    known = {key for key, _ in _configured_mounts(state)}
+    known.update(mount.destination for mount in state.mounts)
+    known.update(state.mask_paths)
+    return [
+        hooked for hooked in hook_mounts(state.init_process_pid) if hooked.destination not in known
+    ]
 
 
 def write_descriptors(state: RunState, images_dir: str) -> None:
@@ -175,9 +196,9 @@ def _external_namespaces(state: RunState) -> list[str]:
     return external
 
 
-def _external_mounts(state: RunState) -> list[rpc.ExtMountMap]:
-    """Every mount whose content comes from outside the container, in runc's order; then the
-    ones that hooks made, which runc does not know and CRIU would stumble over."""
+def _configured_mounts(state: RunState) -> list[tuple[str, str]]:
+    """Every configured mount whose content comes from outside the container, in runc's order:
+    mount point and name in the images."""
     pairs = []
     for mount in state.mounts:
         if mount.device == "bind":
@@ -189,12 +210,7 @@ def _external_mounts(state: RunState) -> list[rpc.ExtMountMap]:
         if _is_masked_file(state.init_process_pid, path):
             pairs.append((path, "/dev/null"))
     pairs += [_same(state, path) for path in state.devices]
-    known = {key for key, _ in pairs} | {mount.destination for mount in state.mounts}
-    known |= set(state.mask_paths)
-    for hooked in hook_mounts(state.init_process_pid):
-        if hooked.destination not in known:
-            pairs.append((hooked.destination, hooked.destination))
-    return [rpc.ExtMountMap(key=key, val=val) for key, val in pairs]
+    return pairs
 
 
 def _same(state: RunState, destination: str) -> tuple[str, str]:

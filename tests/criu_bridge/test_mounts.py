@@ -81,9 +81,31 @@ def test_only_mounts_without_a_whole_file_system_behind_them_come_from_a_hook(
         "18 11 0:22 /driver/nvidia /proc/driver/a\\040b ro - proc proc rw\n"
         "19 10 254:0 /snapshots/44/fs/x /y rw - ext4 /dev/vda rw\n",
     )
-    assert [(m.destination, m.device, m.root) for m in hook_mounts(7, proc)] == [
-        ("/usr/lib/libcuda.so.1", "254:0", "/usr/lib/libcuda.so.1"),
-        ("/dev/nvidia0", "0:6", "/nvidia0"),
-        ("/proc/driver/a b", "0:22", "/driver/nvidia"),
-        ("/y", "254:0", "/snapshots/44/fs/x"),
+    write_proc(
+        tmp_path,
+        "self",
+        "1 0 254:0 / / rw - ext4 /dev/vda rw\n"
+        "2 1 0:6 / /dev rw - devtmpfs devtmpfs rw\n"
+        "3 1 254:0 /snapshots /var/lib/snapshots rw - ext4 /dev/vda rw\n",
+    )
+    assert [(m.destination, m.source) for m in hook_mounts(7, proc)] == [
+        ("/usr/lib/libcuda.so.1", "/usr/lib/libcuda.so.1"),
+        ("/dev/nvidia0", "/dev/nvidia0"),
+        ("/proc/driver/a b", None),
+        ("/y", "/snapshots/44/fs/x"),
     ]
+
+
+def test_a_source_is_found_below_the_mount_that_shows_it(tmp_path: Path) -> None:
+    proc = write_proc(
+        tmp_path,
+        "7",
+        "10 9 0:50 / / rw - overlay overlay rw\n11 10 8:1 /lib/a /b rw - ext4 /dev/sda1 rw\n",
+    )
+    write_proc(
+        tmp_path,
+        "self",
+        "1 0 8:1 /library /wrong rw - ext4 /dev/sda1 rw\n"
+        "2 0 8:1 /lib /opt/lib rw - ext4 /dev/sda1 rw\n",
+    )
+    assert [m.source for m in hook_mounts(7, proc)] == ["/opt/lib/a"]

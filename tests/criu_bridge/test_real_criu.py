@@ -392,15 +392,29 @@ def test_a_terminal(run: Callable[..., Container]) -> None:
         os.close(ours)
 
 
-def test_a_mount_that_a_hook_made_is_dumped(run: Callable[..., Container], node: Node) -> None:
+def test_a_mount_that_a_hook_made_is_dumped_and_can_be_made_again(
+    run: Callable[..., Container], node: Node
+) -> None:
     node.path("/var/tmp/hooked").write_text("from outside")
     container = run(f"mkdir -p /lib; touch /lib/hooked; {COUNT}")
     counts_on(container, 3)
     # As nvidia-container-cli does it: from outside, into the container's mount namespace.
     node.run(["python3", "-c", BIND_INTO, str(container.pid()), "/var/tmp/hooked", "/lib/hooked"])
     container.pause()
-    answer = container.dump(options={"leave_running": True})
-    assert "error" not in answer
+    before = stands_still(container)
+    assert "error" not in container.dump()
+    container.forget()
+    # runc knows nothing of the mount: CRIU's configuration file must say what goes there.
+    again = config.file_text([("external", "mnt[/lib/hooked]:/var/tmp/hooked")])
+    node.path("/var/tmp/hooked.conf").write_text(again)
+    spec = node.path(f"{BUNDLES}/{container.id}/config.json")
+    changed = json.loads(spec.read_text())
+    changed["annotations"] = {"org.criu.config": "/var/tmp/hooked.conf"}
+    spec.write_text(json.dumps(changed))
+    container.restore()
+    counts_on(container, before)
+    seen = node.path(f"/proc/{container.pid()}/root/lib/hooked")
+    assert seen.read_text() == "from outside"
 
 
 BIND_INTO = """
