@@ -125,7 +125,7 @@ def aims(samples: Any) -> list[str]:
     """What issue and documentation aim at, and what came of it."""
 
     def median(figure: str, name: str) -> float:
-        return statistics.median(samples[figure][name])
+        return float(statistics.median(samples[figure][name]))
 
     start = median("run_detached", "grit") / median("run_detached", "stock")
     added = (median("state", "grit") - median("state", "stock")) * 1e3
