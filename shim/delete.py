@@ -10,7 +10,6 @@ shim, whose exit events containerd still hears.
 from __future__ import annotations
 
 import os
-import socket
 
 from shim import bundle, group, inner, places
 
@@ -27,7 +26,7 @@ def run(call: Invocation) -> int:
     address = bundle.read_address(here)
     if address.startswith(f"unix://{places.SOCKETS}/"):
         home = places.group_directory(address)
-        if os.path.isdir(home) and not _listening(places.socket_of(address)):
+        if os.path.isdir(home) and not group.living_process(home, "outer"):
             lock = group.lock(home)
             if not _listening(places.socket_of(address)):  # the group has not begun again
                 _end_group(home)
@@ -37,6 +36,8 @@ def run(call: Invocation) -> int:
 
 
 def _listening(path: str) -> bool:
+    import socket  # costs more than all else that a task's normal end needs
+
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(0.1)
         # EAGAIN is a full backlog: somebody is there

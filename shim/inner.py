@@ -14,7 +14,7 @@ from shim import places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 NAME = "containerd-shim-runc-v2"
 
@@ -41,9 +41,16 @@ def find(publish_binary: str = "") -> str:
     )
 
 
-def start(binary: str, argv: Sequence[str], group: str, options: bytes) -> str:
+def start(
+    binary: str,
+    argv: Sequence[str],
+    group: str,
+    options: bytes,
+    meanwhile: Callable[[], object],
+) -> str:
     """Runs the stock shim's own `start` with the group directory as its working directory;
-    returns its answer word for word (a plain address or JSON).
+    returns its answer word for word (a plain address or JSON). While it runs, `meanwhile` is
+    called.
 
     In a directory of its own it writes its own `address`, and its sockets carry the name of
     the group annotation found in that directory's config.json (facts 1.8, recipe A).
@@ -73,6 +80,7 @@ def start(binary: str, argv: Sequence[str], group: str, options: bytes) -> str:
         os.chdir(home)
         os.close(stdin)
         os.close(writer)
+    meanwhile()
     with open(reader, encoding="utf-8", errors="replace") as pipe:
         answer = pipe.read().strip()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -45,7 +45,8 @@ def run(call: Invocation) -> int:
     try:
         group.prepare(home, grouping, os.path.join(here, "log"))
         binary = inner.find(call.get("publish-binary"))
-        inner_answer = inner.start(binary, call.argv, home, options.for_inner(inner.read_options()))
+        wanted = options.for_inner(inner.read_options())
+        inner_answer = inner.start(binary, call.argv, home, wanted, _load_daemon)
         group.record_answer(home, inner_answer)
         daemon = os.fork()
     except BaseException:
@@ -103,6 +104,15 @@ def _reply(here: str, answer: str) -> None:
     bundle.write_address(here, answer)
     sys.stdout.write(answer)
     sys.stdout.flush()
+
+
+def _load_daemon() -> None:
+    """The daemon's code, loaded while the stock shim starts on another processor. What is wrong
+    with it shows in the daemon."""
+    try:
+        from shim import serve  # noqa: F401
+    except Exception:
+        pass
 
 
 def _daemon(listener: socket.socket, home: str, namespace: str, inner_address: str) -> None:
