@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, log, messages, options, places
+from shim import bundle, checkpoint_dir, devices, gpu, headroom, log, messages, options, places
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
@@ -79,6 +79,12 @@ def checkpoint(
             container.forget_pause()
         elif not was_paused:
             resume(container)
+        else:
+            log.info(
+                "paused until its client resumes it",
+                id=container.id,
+                by_hand=f"ctr -n {container.namespace} task resume {container.id}",
+            )
     finally:
         draft.discard()
 
@@ -151,6 +157,8 @@ def _dump(
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
+    if container.suspension is not None and plugin:
+        headroom.make_room(container, container.suspension.processes)  # CRIU copies, as it dumps
     work = wanted.work_path or os.path.join(bundle.work_directory(container.bundle), "criu-work")
     os.makedirs(work, mode=0o700, exist_ok=True)
     opts = request.dump_options(
