@@ -1,28 +1,36 @@
 """A machine with a real GPU as a node: a kit unpacked beside the system, a private containerd,
-this tree's shim. Speaks the words of `tests.nodes.node.Node` that tests use, on the machine itself.
+this tree's shim. Speaks the words of `tests.nodes.node.Node` that `job` uses, on the machine
+itself. Whatever it changes lies under HOME, STATE and the directories that grit itself uses.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ARCHIVE = REPOSITORY / ".gpu/kit.tar.xz"
 HOME = Path("/opt/grit-gpu")
 KIT = HOME / "kit"
+ENVIRONMENT = HOME / "env"
 STATE = Path("/run/grit-gpu")
 SOCKET = STATE / "containerd.sock"
+CONTAINERD_PID = STATE / "containerd.pid"
 IMAGE = "docker.io/local/busybox:1"
-GRIT = "io.containerd.grit.v1"
 CONFIG = HOME / "grit.toml"
+COMMAND = ENVIRONMENT / "libexec/cuda-checkpoint"
+"""Ours: asks the driver about a process, unless that stands still."""
 
+_DEVICES = ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 _CRIU = """\
 #!/bin/sh
 export LD_LIBRARY_PATH={release}/lib
@@ -31,26 +39,40 @@ exec {release}/bin/criu "$@"
 
 
 class Machine:
-    """One containerd, with CRIU `criu` ("4.1" or "4.2") and grit under it."""
+    """One containerd with grit under it; `use_criu` says with which CRIU."""
 
-    def __init__(self, criu: str) -> None:
-        self.release = KIT / f"criu-{criu}"
+    def __init__(self) -> None:
         self._containerd: subprocess.Popen[bytes] | None = None
+        self.release = KIT
 
     def __enter__(self) -> Machine:
-        if not (HOME / "env/.ready").exists():
+        if not (ENVIRONMENT / ".ready").exists():
             _install()
-        (HOME / "bin").mkdir(exist_ok=True)
-        criu = HOME / "bin/criu"
-        criu.write_text(_CRIU.format(release=self.release))
-        criu.chmod(0o755)
-        self.start_containerd()
+        _refresh()
+        self.use_criu("4.2")
+        self._start_containerd()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._containerd:
             self._containerd.terminate()
             self._containerd.wait()
+            CONTAINERD_PID.unlink(missing_ok=True)
+
+    def use_criu(self, version: str) -> None:
+        """ "4.1" or "4.2": takes effect with the next dump or restore."""
+        self.release = KIT / f"criu-{version}"
+        criu = HOME / "bin/criu"
+        criu.parent.mkdir(exist_ok=True)
+        criu.write_text(_CRIU.format(release=self.release))
+        criu.chmod(0o755)
+
+    def configure(self, **settings: Any) -> None:
+        """Writes grit.toml, with `settings` under [grit]. CRIU's CUDA plugin is named in any
+        case, so that the plugin engine can be asked for."""
+        settings = {"plugin_dir": str(self.release / "plugin"), **settings}
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        CONFIG.write_text("[grit]\n" + "".join(lines))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -61,6 +83,16 @@ class Machine:
             "PATH": ":".join(path),
             "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         }
+
+    @property
+    def command(self) -> str:
+        return str(COMMAND)
+
+    def path(self, path: str) -> Path:
+        return Path(path)
+
+    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(argv, env=self.environment, text=True, **options)
 
     def run(
         self, argv: Sequence[str], *, check: bool = True, timeout: float = 120
@@ -78,10 +110,31 @@ class Machine:
         return done
 
     def ctr(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(["ctr", "--address", str(SOCKET), *words], **options)
+        return self.run(self.ctr_words(*words), **options)
 
-    def start_containerd(self, extra: Mapping[str, str] | None = None) -> None:
+    def ctr_words(self, *words: str) -> list[str]:
+        return ["ctr", "--address", str(SOCKET), *words]
+
+    def job_flags(self) -> list[str]:
+        """`ctr run` options that give a container this machine's programs, Python, GPU and driver
+        files: what a runtime hook or CDI would do, with bind mounts."""
+        mounts = [(path, path) for path in _shared_trees()]
+        mounts += [(f"/usr/{path}", f"/{path}") for path in ("lib", "lib64")]
+        flags = [f"--runtime-config-path={CONFIG}", "--net-host"]
+        flags += [f"--mount=type=bind,src={s},dst={d},options=bind:ro" for s, d in mounts]
+        flags += [f"--device=/dev/{n}" for n in _DEVICES if os.path.exists(f"/dev/{n}")]
+        environment = {"PATH": os.environ["PATH"], "HOME": "/tmp"}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        return flags + [f"--env={name}={value}" for name, value in environment.items()]
+
+    def log(self) -> str:
+        """What containerd and the shims under it have written."""
+        return (HOME / "containerd.log").read_text(errors="replace")
+
+    def _start_containerd(self) -> None:
         STATE.mkdir(exist_ok=True)
+        _end_earlier()
         config = HOME / "config.toml"
         config.write_text(
             f'version = 2\nroot = "{HOME}/root"\nstate = "{STATE}/state"\n'
@@ -92,52 +145,76 @@ class Machine:
         with open(HOME / "containerd.log", "ab") as log:
             self._containerd = subprocess.Popen(
                 ["containerd", "--config", str(config)],
-                env={**self.environment, **(extra or {})},
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+        CONTAINERD_PID.write_text(str(self._containerd.pid))
         deadline = time.monotonic() + 20
         while self.ctr("version", check=False).returncode:
             if self._containerd.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"containerd did not start:\n{self.log()[-4000:]}")
             time.sleep(0.05)
+        for name in self.ctr("containers", "ls", "-q").stdout.split():  # of a run that was cut
+            self.ctr("task", "delete", "--force", name, check=False)
+            self.ctr("containers", "delete", name, check=False)
         if IMAGE not in self.ctr("images", "ls", "-q").stdout:
             self.ctr("images", "import", str(KIT / "busybox.tar"))
 
-    def log(self) -> str:
-        return (HOME / "containerd.log").read_text(errors="replace")
 
-    def configure(self, text: str) -> None:
-        """Writes grit.toml; `text` is what stands under [grit]."""
-        CONFIG.write_text(f"[grit]\n{text}\n")
+def _shared_trees() -> list[str]:
+    """/usr, /opt, /etc, wherever Python is, and what is mounted below them, each to be bound by
+    itself: CRIU takes every mount of a container for a mount of its configuration."""
+    trees = ["/usr", "/opt", "/etc"]
+    for prefix in (sys.prefix, sys.base_prefix):
+        if not prefix.startswith(tuple(f"{tree}/" for tree in trees)) and prefix not in trees:
+            trees.append(prefix)
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        mounts = [line.split()[4] for line in file]
+    below = [m for m in mounts if m.startswith(("/usr/", "/opt/")) and str(HOME) not in m]
+    return [tree for tree in trees if os.path.isdir(tree)] + sorted(set(below))
+
+
+def _end_earlier() -> None:
+    """Ends the containerd of a run that was cut short: it holds its database's lock."""
+    try:
+        pid = int(CONTAINERD_PID.read_text())
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "containerd":
+            os.kill(pid, signal.SIGKILL)
+    except (OSError, ValueError):
+        pass
 
 
 def _install() -> None:
-    """The kit, and the shim in an environment of its own, as `make install` lays them out."""
+    """The kit, and an environment for the shim, as `make install` lays them out."""
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
-    with tarfile.open(REPOSITORY / ".gpu/kit.tar.xz") as archive:
+    with tarfile.open(ARCHIVE) as archive:
         archive.extractall(KIT, filter="tar")
-    environment = HOME / "env"
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
-    subprocess.run([python, "-m", "venv", "--without-pip", str(environment)], check=True)
-    (packages,) = environment.glob("lib/python3*/site-packages")
+    subprocess.run([python, "-m", "venv", "--without-pip", str(ENVIRONMENT)], check=True)
     wheels = map(str, sorted((KIT / "wheels").iterdir()))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(packages), *wheels], check=True)
-    shutil.copytree(REPOSITORY / "shim", packages / "shim")
-    sys.path.insert(0, str(REPOSITORY / "packaging"))
-    import install
+    subprocess.run([*pip, "--target", str(_packages()), *wheels], check=True)
+    (ENVIRONMENT / "libexec").mkdir()
+    (ENVIRONMENT / ".ready").touch()
 
-    install.write_launcher(
-        KIT / "bin/containerd-shim-grit-v1", install.LAUNCHER, "shim.cli", packages
-    )
-    (environment / "libexec").mkdir()
-    install.write_launcher(
-        environment / "libexec/cuda-checkpoint",
-        install.CRIU_LAUNCHER,
-        "shim.cuda.command",
-        packages,
-    )
-    (environment / ".ready").touch()
+
+def _refresh() -> None:
+    """This tree's shim, on a machine that has the kit already."""
+    packages = _packages()
+    shutil.rmtree(packages / "shim", ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "shim", packages / "shim", ignore=ignore)
+    sys.path.insert(0, str(REPOSITORY / "packaging"))
+    import install  # type: ignore[import-not-found]
+
+    shim = KIT / "bin/containerd-shim-grit-v1"
+    install.write_launcher(shim, install.LAUNCHER, "shim.cli", packages)
+    install.write_launcher(COMMAND, install.CRIU_LAUNCHER, "shim.cuda.command", packages)
+
+
+def _packages() -> Path:
+    (packages,) = ENVIRONMENT.glob("lib/python3*/site-packages")
+    return packages

@@ -1,6 +1,7 @@
-"""Packs what a bare machine with an NVIDIA GPU lacks into one archive: Debian forky's containerd 2.1,
-runc and CRIU 4.2 and Debian 13's CRIU 4.1 with their libraries, the CUDA plugin for both, an image,
-and the wheels of the shim's dependencies. Nothing of NVIDIA's is in it: that is on the machine.
+"""Packs what a bare machine with an NVIDIA GPU lacks into one archive: Debian forky's containerd
+2.1, runc and CRIU 4.2 and Debian 13's CRIU 4.1 with their libraries, the CUDA plugin for both, an
+image, and the wheels of the shim's dependencies. Nothing of NVIDIA's is in it: that is on the
+machine.
 
     python -m tests.gpu.pack TARGET_DIRECTORY PYTHON_VERSION     (3.12, say: the machine's python3)
 """

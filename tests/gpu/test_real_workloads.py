@@ -1,0 +1,172 @@
+"""Workloads as people run them: training, serving, trees of processes; round after round."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.gpu import measure
+from tests.gpu.conftest import WORKLOADS, gpu_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gpu.job import Job
+    from tests.gpu.machine import Machine
+    from tests.gpu.results import Results
+
+ROUNDS, RESTORES = 20, 4
+
+
+def test_training_continues_bit_for_bit(
+    machine: Machine,
+    job: Callable[..., Job],
+    images: str,
+    results: Results,
+    engine: str,
+    tmp_path: Path,
+) -> None:
+    machine.configure(engine=engine, lock_timeout=30)
+    training = job("train.py", "/job/status", "0.02")
+    row = measure.checkpoint(training, images)
+    before_the_end = training.next(20)["counter"]
+    training.end()
+    uninterrupted = training.lines()
+    (training.shared / "status").rename(training.shared / "first")
+    (training.shared / "status").touch()
+    row |= measure.restore(training, images)
+    last = training.next(50)["counter"]
+    restored = training.lines()
+    training.end()
+    results.row("training", row)
+    alone = tmp_path / "alone"
+    words = [sys.executable, str(WORKLOADS / "train.py"), str(alone), "0"]
+    subprocess.run([*words, str(max(last, before_the_end))], check=True, timeout=100)
+    expected = {line["counter"]: line["loss"] for line in map(json.loads, alone.open())}
+    assert restored[0]["counter"] <= uninterrupted[-1]["counter"]
+    for line in uninterrupted + restored:
+        if line["counter"] in expected:
+            assert line["loss"] == expected[line["counter"]], line
+    assert last in expected
+    results.finding(
+        f"training, {engine} engine",
+        steps_compared=last,
+        loss_first=float.fromhex(expected[1]),
+        loss_last=float.fromhex(expected[last]),
+    )
+
+
+def test_server_answers_before_during_and_after(
+    machine: Machine, job: Callable[..., Job], images: str, results: Results, engine: str
+) -> None:
+    machine.configure(engine=engine, lock_timeout=30)
+    server = job("serve.py")
+    before = server.next()
+    row = measure.checkpoint(server, images)
+    during = server.next()
+    server.end()
+    row |= measure.restore(server, images)
+    after = server.next(10)
+    results.row("inference server", row)
+    lines = server.lines()
+    assert all(line["ok"] for line in lines)
+    assert {line["value"] for line in lines} == {before["value"]}
+    assert during["counter"] > before["counter"]
+    assert after["counter"] > before["counter"]
+    slowest = max(line["seconds"] for line in lines)
+    results.finding(
+        f"inference server, {engine} engine", answers=len(lines), failed=0, slowest=slowest
+    )
+
+
+@pytest.mark.parametrize("kind", ["loader-spawn", "loader-fork", "nvml", "fork"])
+def test_tree(
+    machine: Machine, job: Callable[..., Job], images: str, results: Results, kind: str
+) -> None:
+    """Either it is checkpointed and comes back whole, or that is refused with a reason, and all of
+    it goes on: which of them is the driver's and CRIU's to say, and is recorded."""
+    machine.configure(engine="driver", lock_timeout=30)
+    tree = job("tree.py", kind)
+    children = ["child"] if kind in ("nvml", "fork") else []
+    for name in ("status", *children):
+        tree.next(name=name)
+    processes = len(tree.processes())
+    done = tree.checkpoint(images, check=False)
+    for name in ("status", *children):
+        tree.next(name=name)
+    assert len(tree.processes()) == processes
+    if done.returncode:
+        results.finding(f"process tree {kind}", processes=processes, refused=done.stderr)
+        assert tree.status() == "RUNNING"
+        assert not Path(images).exists()
+        return
+    tree.end()
+    restored = tree.restore(images, check=False)
+    told = restored.stderr or "whole"
+    results.finding(f"process tree {kind}", processes=processes, checkpointed=True, restored=told)
+    assert restored.returncode == 0, told
+    for name in ("status", *children):
+        tree.next(name=name)
+    assert len(tree.processes()) == processes
+
+
+def test_rounds(machine: Machine, job: Callable[..., Job], images: str, results: Results) -> None:
+    """Checkpoint after checkpoint, the last ones each followed by a restore: nothing changes but
+    the counter, and nothing grows."""
+    machine.configure(engine="driver", lock_timeout=30)
+    holder = job("hold.py", "64")
+    before = holder.next()
+    measured = []
+    for number in range(1, ROUNDS + 1):
+        place = Path(images).with_name(str(number)) / "checkpoint"
+        place.parent.mkdir()
+        row = measure.checkpoint(holder, str(place))
+        if number > ROUNDS - RESTORES:
+            holder.end()
+            row |= measure.restore(holder, str(place))
+        after = holder.next()
+        assert [after[name] for name in ("sum", "ballast", "cpu")] == [
+            before[name] for name in ("sum", "ballast", "cpu")
+        ], number
+        measured.append({"round": number, "gpu_mib": gpu_memory(), **footprint(holder)})
+        if number in (1, ROUNDS):
+            results.row(f"round {number}", row)
+        for file in place.rglob("*"):
+            file.unlink()
+    first, last = measured[1], measured[ROUNDS - RESTORES - 1]  # the same shim, warmed up
+    results.finding("rounds", count=ROUNDS, first=first, last=last, restored=measured[-1])
+    assert max(one["gpu_mib"] for one in measured) <= measured[0]["gpu_mib"] + 64
+    assert last["shim_fds"] <= first["shim_fds"]
+    assert last["shim_kib"] <= first["shim_kib"] + 4096
+    assert last["job_fds"] <= first["job_fds"]
+    assert last["cgroup_mib"] <= first["cgroup_mib"] + 256
+
+
+def footprint(holder: Job) -> dict[str, int]:
+    """Open files and memory of the shim, of the job's first process, of the container."""
+    (records,) = Path("/run/containerd/grit").glob("*/processes")
+    processes = dict(line.split()[:2] for line in records.read_text().splitlines())
+    shim, first = processes["outer"], holder.pid()
+    anonymous = {}
+    for line in (holder.cgroup() / "memory.stat").read_text().splitlines():
+        name, value = line.split()
+        anonymous[name] = int(value)
+    return {
+        "shim_fds": len(list(Path(f"/proc/{shim}/fd").iterdir())),
+        "shim_kib": resident(shim),
+        "job_fds": len(list(Path(f"/proc/{first}/fd").iterdir())),
+        "job_kib": resident(first),
+        "cgroup_mib": anonymous["anon"] >> 20,
+    }
+
+
+def resident(pid: str | int) -> int:
+    """Private and shared memory of a process in RAM, in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1])
