@@ -23,10 +23,14 @@ def read_spec(bundle: str) -> dict[str, Any]:
     """
     import json
 
-    with open(os.path.join(bundle, "config.json"), encoding="utf-8") as file:
-        spec = json.load(file)
+    path = os.path.join(bundle, "config.json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            spec = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(spec, dict):
-        raise ValueError(f"{bundle}/config.json is not a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return spec
 
 

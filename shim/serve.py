@@ -89,11 +89,11 @@ def _leave(home: str, address: str, inner_address: str) -> None:
     (2.1 pkg/shim/util_unix.go).
     """
     lock = group.lock(home)
-    if group.living_process(home, "outer") in (0, os.getpid()):
-        if not _lives_on(group.living_process(home, "inner")):
-            group.unlink(address)
-            group.unlink(places.socket_of(inner_address))
-            group.remove(home)
+    ours = group.living_process(home, "outer") in (0, os.getpid())
+    if ours and not _lives_on(group.living_process(home, "inner")):
+        group.unlink(address)
+        group.unlink(places.socket_of(inner_address))
+        group.remove(home)
     os.close(lock)
 
 
