@@ -25,6 +25,7 @@ GRIT = "io.containerd.grit.v1"
 STOCK = "io.containerd.runc.v2"
 STATUS = "/status"
 CONFIG = "/etc/containerd/grit.toml"
+LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 GRIT_AS_RUNC = "/opt/grit-as-runc"
 """A directory in which grit goes by the stock shim's name: containerd 1.7 and its ctr do some
 things (image and work path, --exit) for that name only."""
@@ -43,11 +44,12 @@ def kit_binds() -> dict[str, Path]:
 
 
 def gpu_of(node: Node, **options: Any) -> SimGpu:
-    """The node's GPUs, made now; its own libcuda is where a node's driver has it."""
+    """The node's GPUs, made now; its own libcuda and NVML are where a node's driver has them."""
     gpu = SimGpu.in_node(node, build(default_cache()), **options).create()
-    library = node.path("/usr/lib/x86_64-linux-gnu/libcuda.so.1")
-    if not library.exists():
-        library.symlink_to(f"{KIT}/lib/libcuda.so.1")
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        library = node.path(f"{LIBRARIES}/{name}")
+        if not library.is_symlink():
+            library.symlink_to(f"{KIT}/lib/{name}")
     for number in range(gpu.gpus):
         device = node.path(f"/dev/nvidia{number}")
         if not device.exists():
@@ -204,7 +206,9 @@ class Job:
         """Kills and removes whatever there is of it."""
         self.ctr("task", "kill", "--signal", "SIGKILL", self.name, check=False)
         until("the task's end", lambda: self.status() in ("STOPPED", ""))
-        self.ctr("task", "delete", self.name, check=False)
+        if self._task():
+            done = self.ctr("task", "delete", self.name, check=False)
+            assert not self._task(), done.stderr
         self.ctr("container", "delete", self.name, check=False)
 
 
