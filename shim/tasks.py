@@ -28,6 +28,7 @@ class Tasks:
         self._namespace = namespace
         self._home = home
         self._containers: dict[str, container.Container] = {}
+        self._gone: set[int] = set()  # connections that have ended; a number is never used again
         self._handlers: dict[str, Handler] = {
             "Create": self._create,
             "Start": self._start,
@@ -44,6 +45,7 @@ class Tasks:
     def connection_closed(self, connection: int) -> None:
         """A client's connection has gone, with containerd or without: a Checkpoint of its that
         is under way ends well or is undone, and nobody is left to send the Resume."""
+        self._gone.add(connection)
         for one in list(self._containers.values()):
             if one.paused_by == connection and one.orphanable:
                 from shim import checkpoint
@@ -97,6 +99,7 @@ class Tasks:
 
         with one.lock:
             checkpoint.pause(one, call.connection)
+        self._check_caller(one, call)
         return b""
 
     def _checkpoint(self, call: Call) -> bytes | Forward:
@@ -106,9 +109,20 @@ class Tasks:
             return FORWARD
         from shim import checkpoint
 
-        with one.lock:
-            checkpoint.checkpoint(one, request, call.connection)
+        try:
+            with one.lock:
+                checkpoint.checkpoint(one, request, call.connection)
+        finally:
+            self._check_caller(one, call)
         return b""
+
+    def _check_caller(self, one: container.Container, call: Call) -> None:
+        """A caller whose connection ended before it could be answered has not got what it asked
+        for, and will not send the Resume that belongs to it."""
+        if call.connection in self._gone and one.paused_by == call.connection:
+            from shim import checkpoint
+
+            checkpoint.abandon(one)
 
     def _resume(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)

@@ -394,7 +394,9 @@ class Node:
         mounts = self.path("/proc/1/mountinfo").read_text().splitlines()
         return Snapshot(
             processes=frozenset(
-                f"{pid} {shlex.join(words)}" for pid, words in self.processes().items()
+                f"{pid} {shlex.join(words)}"
+                for pid, words in self.processes().items()
+                if os.path.basename(words[0]) != "containerd"  # it may have been started anew
             ),
             mounts=frozenset(line.split()[4] for line in mounts),
             sockets=frozenset(self._below("/run/containerd/s")),
