@@ -37,7 +37,7 @@ def used(pid: int, libcuda: str) -> int:
             figures = _figures(library, pid)
         finally:
             library.nvmlShutdown()
-    except AttributeError as error:
+    except (AttributeError, ffi.error) as error:
         raise UnknownMemory(f"{LIBRARY} is older than r510: {error}") from error
     if not figures:
         raise UnknownMemory("NVML does not list it among the processes that use a GPU")
