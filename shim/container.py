@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), the diff of the root file system that nobody else applies, and the driver's map of
-    GPUs, "" for the same ones."""
+    tool wrote), the diff of the root file system that nobody else applies, the driver's map of
+    GPUs, "" for the same ones, and the memory limits to put back: bytes as raised -> before."""
 
-    __slots__ = ("device_map", "images", "manifest", "rootfs_diff")
+    __slots__ = ("device_map", "images", "manifest", "raised_limits", "rootfs_diff")
 
     def __init__(
         self, images: str, manifest: Manifest | None, rootfs_diff: str | None, device_map: str
@@ -33,6 +33,7 @@ class Restore:
         self.device_map = device_map
         self.images = images
         self.manifest = manifest
+        self.raised_limits: dict[int, int] = {}
         self.rootfs_diff = rootfs_diff
 
     @property
@@ -45,6 +46,12 @@ class Restore:
     @property
     def engine(self) -> str:
         return self.manifest.engine if self.manifest else "none"
+
+    @property
+    def memory_bytes(self) -> int:
+        """How much memory the images fill, device memory included."""
+        files = self.manifest.files.items() if self.manifest else ()
+        return sum(file.size for name, file in files if name.startswith("pages-"))
 
 
 class Container:

@@ -1,4 +1,5 @@
-"""Whether a container's device memory fits on the host, asked before the first byte is copied.
+"""Whether a container's device memory fits on the host, asked before the first byte is copied, and
+again before a restore puts the copy into a new container's memory.
 
 The copy lies in memory of the container's own processes, so it is charged to the container's
 control group and to all above it. Where it does not fit the kernel kills the workload; so the
@@ -13,7 +14,9 @@ from shim import log, memcg
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.container import Container
+    from typing import Any
+
+    from shim.container import Container, Restore
     from shim.cuda.suspension import Process
 
 MARGIN_BYTES = 64 << 20
@@ -76,6 +79,49 @@ def make_room(container: Container, processes: list[Process]) -> None:
     # All of them: v1 takes no memory limit above the one of memory and swap together.
     for limit in reversed([limit for limit in limits if limit.group == own]):
         _raise(container, limit, need)
+
+
+def make_room_for_restore(container: Container, found: Restore, spec: dict[str, Any]) -> None:
+    """The same before a container is created whose images hold device memory: it comes back in
+    memory of the container, and only then goes to the GPU. Changes the limit in `spec`, for
+    `restored` to put back. Raises NoRoom where the images' memory cannot fit.
+
+    The groups above are not looked at: they are not there yet."""
+    pages = found.memory_bytes
+    what = f"container {container.id}: {found.images} holds {_size(pages)} of memory"
+    available = _available()
+    if available < pages:
+        raise NoRoom(f"{what}, and the node has {_size(available)} available (MemAvailable)")
+    memory = ((spec.get("linux") or {}).get("resources") or {}).get("memory") or {}
+    limit = memory.get("limit") or 0
+    need = sum(copy_bytes(max(p.device_bytes, p.held_bytes or 0)) for p in found.processes)
+    if container.config.memory == "refuse":
+        if 0 < limit < pages:
+            raise NoRoom(
+                f"{what}, device memory included, and its memory limit is {_size(limit)}. Raise "
+                'the limit, or set memory = "raise" under [grit].'
+            )
+        return
+    for name in ("limit", "swap"):  # swap: of both together
+        before = memory.get(name) or 0
+        if before > 0:
+            memory[name] = before + need
+            found.raised_limits[before + need] = before
+    if found.raised_limits:
+        log.info("memory limit raised for the restore", id=container.id, was=limit, by=need)
+
+
+def restored(container: Container, found: Restore) -> None:
+    """Puts the limits back that `make_room_for_restore` raised; to be called when the GPU has its
+    memory again. Never raises an error."""
+    if not found.raised_limits:
+        return
+    group = container.memory_group()
+    for limit in reversed(memcg.limits(group)):
+        if limit.group == group and limit.value in found.raised_limits:
+            before = found.raised_limits[limit.value]
+            container.raised_limits[limit.file] = before, limit.value
+    put_back(container)
 
 
 def put_back(container: Container) -> None:

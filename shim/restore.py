@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, log, messages, places
+from shim import bundle, checkpoint_dir, devices, gpu, headroom, log, messages, places
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
@@ -45,7 +45,8 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
-    config.json to match. Raises CheckpointDirError or RestoreError with nothing created.
+    config.json to match. Raises CheckpointDirError, RestoreError or headroom.NoRoom with nothing
+    created.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff = create.checkpoint, None
@@ -58,6 +59,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     found = Restore(images, manifest, diff, _device_map(manifest, spec))
     if found.processes:
         _require_engine(container, found)
+        headroom.make_room_for_restore(container, found, spec)
     _write_criu_config(container, spec, found)
     create.checkpoint = images
     return found
@@ -91,6 +93,7 @@ def start(container: Container) -> bytes:
         _thaw(container)
         if found.processes:
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)
+            headroom.restored(container, found)
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error

@@ -3,6 +3,7 @@ what is refused, raised and put back."""
 
 from __future__ import annotations
 
+import copy
 import errno
 import types
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from shim import headroom, memcg
 from shim.config import GritOptions
+from shim.container import Restore
 from shim.cuda.suspension import Process
+from shim.manifest import File, Manifest
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712  # what v1 says, on x86-64
@@ -301,3 +304,73 @@ def test_a_container_that_is_gone_has_no_limit_to_put_back(
     group.rename(tmp_path / "elsewhere")
     headroom.put_back(one)
     assert one.raised_limits == {} and lines == []
+
+
+# ---- a restore
+
+
+def restoring(pages: int, *held: int, engine: str = "driver") -> Restore:
+    manifest = Manifest(
+        container_id="c1",
+        namespace="default",
+        image="",
+        runtime="",
+        engine=engine,
+        driver_version=None,
+        gpus=[],
+        criu_version="",
+        kernel="",
+        hostname="",
+        options={},
+        cuda_processes=[process(one, pid).to_dict() for pid, one in enumerate(held, 7)],
+        phases={},
+    )
+    manifest.files = {
+        "pages-1.img": File(pages - MIB, ""),
+        "pages-2.img": File(MIB, ""),
+        "mm-1.img": File(MIB, ""),
+    }
+    return Restore("/images", manifest, None, "")
+
+
+def spec(limit: int, swap: int = 0) -> dict[str, Any]:
+    return {"linux": {"resources": {"memory": {"limit": limit, "swap": swap}}}}
+
+
+def test_images_that_cannot_fit_are_refused(tmp_path: Path) -> None:
+    one, found = container(tmp_path), restoring(300 * MIB, 200 * MIB)
+    with pytest.raises(headroom.NoRoom, match=r"holds 300\.0 MiB .* limit is 299\.0 MiB"):
+        headroom.make_room_for_restore(one, found, spec(299 * MIB))
+    for fits in (spec(300 * MIB), spec(0), {}):
+        headroom.make_room_for_restore(one, found, fits)
+
+
+@pytest.mark.parametrize("memory", ["refuse", "raise"])
+def test_images_that_the_node_has_no_memory_for_are_refused(
+    tmp_path: Path, node: Path, memory: str
+) -> None:
+    node.write_text(f"MemAvailable: {100 << 10} kB\n")
+    with pytest.raises(headroom.NoRoom, match=r"the node has 100\.0 MiB available"):
+        headroom.make_room_for_restore(container(tmp_path, memory), restoring(101 * MIB, MIB), {})
+
+
+def test_a_raised_restore_is_put_back_once_it_runs(tmp_path: Path) -> None:
+    group = tmp_path / "g"
+    one, found = container(group, "raise"), restoring(300 * MIB, 100 * MIB, 50 * MIB)
+    asked = spec(200 * MIB, 400 * MIB)
+    headroom.make_room_for_restore(one, found, asked)
+    memory = asked["linux"]["resources"]["memory"]
+    need = headroom.copy_bytes(100 * MIB) + headroom.copy_bytes(50 * MIB)
+    assert memory == {"limit": 200 * MIB + need, "swap": 400 * MIB + need}
+    v1(group, memory["limit"], 150 * MIB, both=memory["swap"])  # as runc makes it
+    headroom.restored(one, found)
+    assert text(group, "memory.limit_in_bytes") == 200 * MIB
+    assert text(group, "memory.memsw.limit_in_bytes") == 400 * MIB
+
+
+def test_no_limit_is_none_to_raise(tmp_path: Path) -> None:
+    one, found = container(tmp_path, "raise"), restoring(300 * MIB, 100 * MIB)
+    for unlimited in (spec(0), spec(-1, -1), {}, {"linux": {"resources": {"memory": None}}}):
+        before = copy.deepcopy(unlimited)
+        headroom.make_room_for_restore(one, found, unlimited)
+        assert (unlimited, found.raised_limits) == (before, {})

@@ -98,6 +98,44 @@ def test_raised_from_pause_to_resume(limited: StartJob) -> None:
     assert limits(job) == allowed
 
 
+def dumped(job: Job, images: str) -> None:
+    """Its checkpoint, with the files that go with it, and its end."""
+    job.checkpoint_task(images, "--exit")
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+
+
+def restore_limited(start_job: StartJob, images: str, runtime: str) -> Job:
+    note = f"--annotation=grit.dev/checkpoint={images.removesuffix('/checkpoint')}"
+    options = [f"--memory-limit={LIMIT}", note]
+    return start_job(runtime=runtime, options=options, run=False)
+
+
+def test_restored_under_the_same_limit(
+    limited: StartJob, start_job: StartJob, images: str, engine: str
+) -> None:
+    """The copy comes back in memory of the container before it goes to the GPU."""
+    job = limited(engine=engine, memory="raise")
+    before, allowed = job.next_report(), limits(job)
+    dumped(job, images)
+    restored = restore_limited(start_job, images, job.runtime).run()
+    go_on(before, restored.next_report())
+    assert limits(restored) == allowed
+
+
+def test_a_restore_that_does_not_fit_is_refused(
+    limited: StartJob, start_job: StartJob, images: str
+) -> None:
+    job = limited(engine="driver", memory="raise")
+    dumped(job, images)
+    configure(job.node, engine="driver")
+    restored = restore_limited(start_job, images, job.runtime)
+    done = restored.try_run()
+    assert done.returncode != 0
+    assert "its memory limit is 24.0 MiB" in done.stderr
+    assert restored.status() == ""
+
+
 def test_put_back_after_a_failure(
     gpu_node: Place, limited: StartJob, images: str, engine: str
 ) -> None:
