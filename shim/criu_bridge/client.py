@@ -172,26 +172,26 @@ class _Conversation:
     def _until_answer(self, connection: Connection) -> rpc.CriuResp | None:
         limit = None if self._deadline_s is None else self._start + self._deadline_s
         while True:
-            deaf = self.stopped or self.written
             look = time.monotonic() + _LOOK_S
             wake = look if limit is None else min(limit, look)
+            deaf = self.stopped or self.written
             data = connection.receive(wake, None if deaf else self._cancel)
             if data == b"":
                 return None
-            if data is None and not self.written and _ending(self._pid):
-                self.stopped = "the container ended during the dump"
-                connection.kill(self._pid)
-                return None
-            if data is None and wake == look and (deaf or not self._cancelled()):
-                continue
             if data is None:
-                if self.stopped:
+                expired = limit is not None and time.monotonic() >= limit
+                if not self.written and _ending(self._pid):
+                    self.stopped = "the container ended during the dump"
+                    connection.kill(self._pid)
+                    return None
+                if expired and self.stopped:
                     self.killed = True
                     connection.kill(self._pid)
                     return None
-                late = f"the deadline of {self._deadline_s} s passed"
-                self._stop(connection, _CANCELLED if self._cancelled() else late)
-                limit = time.monotonic() + GRACE_S
+                if expired or (self._cancelled() and not self.stopped):
+                    late = f"the deadline of {self._deadline_s} s passed"
+                    self._stop(connection, _CANCELLED if self._cancelled() else late)
+                    limit = time.monotonic() + GRACE_S
                 continue
             try:
                 answer = rpc.CriuResp.decode(data)

@@ -51,7 +51,7 @@ class Fake:
         self, steps: list[dict[str, Any]], *, log: str = "", **options: Any
     ) -> client.DumpResult:
         criu = self.criu(steps, FAKE_CRIU_LOG=log)
-        opts = rpc.CriuOpts(pid=4711)
+        opts = rpc.CriuOpts(pid=os.getpid())
         return client.dump(criu, opts, str(self.images), str(self.work), **options)
 
     def saw(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_an_end_without_an_answer(
 
 
 def test_connections_a_dead_criu_may_have_broken_are_mentioned(fake: Fake) -> None:
-    opts = rpc.CriuOpts(pid=4711, tcp_established=True)
+    opts = rpc.CriuOpts(pid=os.getpid(), tcp_established=True)
     with pytest.raises(CriuError, match="TCP connections that were open may have broken"):
         client.dump(fake.criu([{"exit": 1}]), opts, str(fake.images), str(fake.work))
 
@@ -147,7 +147,9 @@ def test_the_first_error_of_the_log_and_its_meaning(fake: Fake) -> None:
         "Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider"
     )
     text = str(caught.value)
-    assert text.startswith("criu swrk could not dump pid 4711: Error (criu/sk-inet.c:200)")
+    assert text.startswith(
+        f"criu swrk could not dump pid {os.getpid()}: Error (criu/sk-inet.c:200)"
+    )
     assert "tcp_established" in text
     assert text.endswith(f"log: {fake.work}/dump.log")
     assert not caught.value.died
@@ -198,6 +200,22 @@ def test_the_deadline_kills_a_criu_that_hangs(fake: Fake, monkeypatch: pytest.Mo
     with pytest.raises(CriuError, match=r"the deadline of 0\.5 s passed.*was killed") as caught:
         fake.dump([{"hang": True}], deadline_s=0.5)
     assert caught.value.died
+    assert_no_child()
+
+
+def test_a_container_that_ends_ends_the_dump(fake: Fake) -> None:
+    """CRIU would wait for ever for a killed init that waits for the threads CRIU traces."""
+    init = subprocess.Popen(["sleep", "1000"])
+
+    def callback(name: str) -> bool:
+        init.kill()
+        return True
+
+    criu = fake.criu([{"notify": "pre-dump"}, {"hang": True}])
+    opts = rpc.CriuOpts(pid=init.pid)
+    with pytest.raises(CriuError, match="the container ended during the dump"):
+        client.dump(criu, opts, str(fake.images), str(fake.work), on_notify=callback)
+    init.wait()
     assert_no_child()
 
 
