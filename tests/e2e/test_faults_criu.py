@@ -73,7 +73,7 @@ def test_no_room_for_the_manifest(
     with tmpfs(node, room, "128m"):
         node.path(full).mkdir()
         job.checkpoint_task(full)
-        # The draft's directory is one file more than the checkpoint itself, so its last is too many.
+        # The draft's directory is one file more than the checkpoint itself: its last is too many.
         about = os.statvfs(node.path(room))
         files = about.f_files - about.f_ffree
         go_on(before, job.next_report())

@@ -1,5 +1,5 @@
-"""The CUDA helper killed, and a driver that hangs, at each step: the client is told, or a new helper
-mends it; no process is left locked, and the shim answers others meanwhile."""
+"""The CUDA helper killed, and a driver that hangs, at each step: the client is told, or a new
+helper mends it; no process is left locked, and the shim answers others meanwhile."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_helper_killed(gpu_node: Place, start_job: StartJob, images: str, step: 
 def test_helper_killed_while_the_gpu_comes_back(
     gpu_node: Place, start_job: StartJob, images: str
 ) -> None:
-    """The checkpoint is good by then, and clients drop the error of a Resume: the shim must mend it."""
+    """The checkpoint is good by then, and clients drop a Resume's error: the shim must mend it."""
     node, board = gpu_node
     configure(node)
     job, before = start(start_job, node)

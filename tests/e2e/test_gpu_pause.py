@@ -3,8 +3,10 @@ killed in the middle of one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.cuda.discovery import anonymous_memory
@@ -82,36 +84,39 @@ def test_pause_without_gpu(gpu_node: Place, start_job: StartJob) -> None:
     job.ctr("task", "resume", job.name)
     job.next_report()
     again = job.ctr("task", "resume", job.name, check=False)
-    assert "cannot resume a running container" in again.stderr
+    assert "cannot resume a running process" in again.stderr
     assert suspensions(node) == so_far
     assert board.owners() == {}
 
 
-def hold_criu(node: Node) -> int:
-    """Stops the CRIU that is dumping just now, once it holds the container; its host pid."""
-    (pid,) = until("a CRIU at work", lambda: at_work(node), 30)
-    os.kill(pid, signal.SIGSTOP)
-    return pid
+def hold_criu(node: Node, images: str) -> list[int]:
+    """Stops the CRIU that has begun to write images; the host pids of it and its worker."""
+    place = node.path(images).parent
+    until("an image", lambda: any(place.glob(".*/*.img")))
+    namespace = node.path("/proc/1/ns/pid").readlink()
+    pids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            here = (process / "ns/pid").readlink() == namespace
+            if here and (process / "comm").read_text() == "criu\n":
+                pids.append(int(process.name))
+    signal_all(pids, signal.SIGSTOP)
+    assert pids
+    return pids
 
 
-def at_work(node: Node) -> list[int]:
-    """Host pids of the CRIUs that have opened their log."""
-    found = []
-    for pid in node.pids("criu"):
-        try:
-            if any("dump.log" in os.readlink(fd) for fd in node.path(f"/proc/{pid}/fd").iterdir()):
-                found.append(node.host_pid(pid))
-        except OSError:
-            continue
-    return found
+def signal_all(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 def answers(job: Job) -> None:
-    """State, Pids, exec's refusal and a signal, as at any time."""
+    """State, Pids, Stats, and a signal for a process that is not there."""
     assert job.status() in ("RUNNING", "PAUSED")
     assert str(job.node_pid()) in job.ctr("task", "ps", job.name).stdout
     job.ctr("task", "metrics", job.name)
-    job.ctr("task", "kill", "--signal", "SIGCONT", job.name)
+    nobody = job.ctr("task", "kill", "--exec-id", "none", job.name, check=False)
+    assert "not found" in nobody.stderr
 
 
 def test_answers_while_copying(
@@ -138,13 +143,13 @@ def test_answers_while_criu_dumps(
 ) -> None:
     node, _ = gpu_node
     configure(node, engine=engine)
-    job = start_job("--cpu-bytes", str(64 << 20), runtime=honouring(node))
+    job = start_job("--cpu-bytes", str(128 << 20), runtime=honouring(node))
     before = job.next_report()
     dump = job.start_checkpoint(images)
-    criu = hold_criu(node)
+    criu = hold_criu(node, images)
     answers(job)
     assert dump.poll() is None
-    os.kill(criu, signal.SIGCONT)
+    signal_all(criu, signal.SIGCONT)
     assert dump.wait(60) == 0, dump.communicate()
     go_on(before, job.next_report())
 
@@ -154,11 +159,11 @@ def test_killed_while_criu_dumps(
 ) -> None:
     node, board = gpu_node
     configure(node, engine=engine)
-    job = start_job("--cpu-bytes", str(64 << 20), runtime=honouring(node))
+    job = start_job("--cpu-bytes", str(128 << 20), runtime=honouring(node))
     dump = job.start_checkpoint(images)
-    criu = hold_criu(node)
+    criu = hold_criu(node, images)
     job.ctr("task", "kill", "--signal", "SIGKILL", job.name)
-    os.kill(criu, signal.SIGCONT)
+    signal_all(criu, signal.SIGCONT)
     assert dump.wait(60) != 0
     until("the task's end", lambda: job.status() == "STOPPED")
     assert board.owners() == {}

@@ -4,6 +4,7 @@ makes, only the test of the harness itself is collected.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 WORKLOADS = Path(__file__).parent / "workloads"
 TMPFS = Path("/dev/shm/grit-gpu")
+_numbers = itertools.count()  # no two jobs of a session share a name: logs are looked up by it
 
 HERE = Path("/dev/nvidiactl").exists() and ARCHIVE.exists()
 collect_ignore_glob = [] if HERE else ["test_real_*.py"]
@@ -70,7 +72,7 @@ def job(
     before = gpu_memory()
 
     def start(*words: str, flags: tuple[str, ...] = (), wait: bool = True) -> Job:
-        name = f"job{len(jobs)}"
+        name = f"job{next(_numbers)}"
         shared = HOME / "shared" / name
         shutil.rmtree(shared, ignore_errors=True)
         shutil.copytree(WORKLOADS, shared)

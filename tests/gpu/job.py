@@ -6,6 +6,7 @@ time.time()). The machine may be the real one or a node with a simulated GPU.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -73,11 +74,18 @@ class Job:
         done: subprocess.CompletedProcess[str] = self.machine.ctr(*words, check=check, timeout=300)
         return done
 
+    def save_rootfs(self, images: str) -> None:
+        """What the container has changed in its root file system, where GRIT's agent saves it."""
+        tar = Path(images).with_name("rootfs-diff.tar")
+        words = shlex.join(self.machine.ctr_words("snapshots", "diff", self.name))
+        self.machine.run(["sh", "-c", f"{words} > {tar}"])
+
     def end(self) -> None:
         """Kills and removes whatever there is of it."""
         self.machine.ctr("task", "kill", "--signal", "SIGKILL", self.name, check=False)
-        until(f"end of {self.name}", lambda: self.status() in ("STOPPED", ""), every=0.05)
-        self.machine.ctr("task", "delete", self.name, check=False)
+        alive = ("RUNNING", "PAUSED", "PAUSING")  # a restore that failed leaves CREATED
+        until(f"end of {self.name}", lambda: self.status() not in alive, every=0.05)
+        self.machine.ctr("task", "delete", "--force", self.name, check=False)
         self.machine.ctr("container", "delete", self.name, check=False)
 
     # --- what it says -----------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _end_earlier() -> None:
 def _install() -> None:
     """The kit, and an environment for the shim, as `make install` lays them out."""
     shutil.rmtree(HOME, ignore_errors=True)
-    HOME.mkdir(parents=True)
+    HOME.mkdir(parents=True, exist_ok=True)
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(KIT, filter="tar")
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]

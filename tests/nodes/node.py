@@ -306,6 +306,8 @@ class Node:
         # The door's process group would hold the shims too: only containerd is meant.
         for pid in self.pids("containerd"):
             self.run(["kill", f"-{int(sig)}", str(pid)])
+        # nsenter stops itself when what it runs is stopped, and then waits for nothing.
+        self._containerd.send_signal(signal.SIGCONT)
         self._containerd.wait(30)
         self._containerd = None
 

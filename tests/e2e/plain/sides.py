@@ -35,6 +35,12 @@ BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
 FOR_EVER = ("sh", "-c", "trap 'exit 7' TERM; : > /ready; while :; do sleep 1 & wait; done")
 """Ends at once, with status 7, when it is asked to."""
 
+
+def group(name: str) -> str:
+    """The flag of `ctr run` that makes containers share a shim."""
+    return f"--annotation=io.containerd.runc.v2.group={name}"
+
+
 Outcome = tuple[int, str, str]
 """Exit status, standard output, standard error."""
 
@@ -121,16 +127,14 @@ class Side:
         finally:
             client.close()
 
-    def outer_pid(self) -> int:
+    def shim_pid(self) -> int:
         """The pid in the node of the process that containerd speaks to."""
-        return self._processes()["outer"]
+        return self.stock_pid() if self.runtime == "stock" else self._processes()["outer"]
 
-    def inner_pid(self) -> int:
-        """The pid in the node of the stock shim underneath (grit) or alone (stock)."""
-        if self.runtime == "stock":
-            _, reply = self.call("Connect", messages.TaskRequest(id=self.name))
-            return messages.ConnectResponse.decode(reply).shim_pid
-        return self._processes()["inner"]
+    def stock_pid(self) -> int:
+        """The pid in the node of the stock shim: underneath ours, or alone."""
+        _, reply = self.call("Connect", messages.TaskRequest(id=self.name))
+        return messages.ConnectResponse.decode(reply).shim_pid
 
     def _processes(self) -> dict[str, int]:
         home = self.node.path("/run/containerd/grit") / os.path.basename(self.address())
@@ -221,8 +225,8 @@ class Events:
                     process = event.get("exec_id") or event.get("id") or ""
                     self.seen.append((match[1], process, event.get("exit_status", 0)))
 
-    def until(self, topic: str) -> None:
-        until(f"event {topic}", lambda: any(topic == event[0] for event in list(self.seen)))
+    def until(self, topic: str, count: int = 1) -> None:
+        until(f"event {topic}", lambda: [event[0] for event in self.seen].count(topic) >= count)
 
     def close(self) -> None:
         self._process.terminate()

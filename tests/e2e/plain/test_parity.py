@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shim import messages
 from shim.protowire import Message, message, string
 from tests.e2e.gpu import until
-from tests.e2e.plain.sides import BUNDLES, Events, Side, Terminal, compare
+from tests.e2e.plain.sides import BUNDLES, Events, Side, Terminal, compare, group
 
 if TYPE_CHECKING:
     from tests.nodes.node import Node
@@ -28,7 +28,10 @@ def test_run_in_the_foreground(node: Node) -> None:
         "--net-host",
         "--read-only",
     ]
-    script = "read word; echo $word; cat /shared/file; echo $COLOUR; pwd; ls /sys/class/net; echo wrong >&2; exit 42"
+    script = (
+        "read word; echo $word; cat /shared/file; echo $COLOUR; pwd; ls /sys/class/net;"
+        "echo wrong >&2; exit 42"
+    )
 
     def scenario(side: Side) -> object:
         return [
@@ -72,7 +75,8 @@ def test_terminal(node: Node) -> None:
         shell.read_until("/dev/pts")
         shell.type("that\n")
         shell.read_until("got that")
-        return run.text, ended, shell.text, shell.close()
+        # ctr itself may complain that it was too late to set the terminal's size.
+        return [text.partition("\x1b")[0] for text in (run.text, shell.text)], ended, shell.close()
 
     compare(node, scenario)
 
@@ -226,11 +230,14 @@ def test_metrics_and_ps(node: Node) -> None:
 
 
 def test_events(node: Node) -> None:
+    """In a group with a container that stays: a stock shim that goes with its last container may
+    go before it has sent the last event."""
+
     def scenario(side: Side) -> object:
+        keeper = Side(node, side.runtime, "keeper").start(flags=[group("pod")])
         events = Events(node)
-        node.ctr("namespaces", "ls")
         try:
-            side.start()
+            side.start(flags=[group("pod")])
             events.until("/tasks/start")
             side.exec("sh", "-c", "exit 3")
             events.until("/tasks/exit")
@@ -243,21 +250,18 @@ def test_events(node: Node) -> None:
             node.ctr("task", "delete", side.name)
             events.until("/tasks/delete")
             node.ctr("container", "delete", side.name)
-            limit = ["--memory-limit", str(16 << 20)]
-            side.run("sh", "-c", "tail /dev/zero; true", flags=["--rm", *limit])
+            flags = ["--rm", group("pod"), "--memory-limit", str(16 << 20)]
+            side.run("sh", "-c", "tail /dev/zero; true", flags=flags)
             events.until("/tasks/oom")
-            until("the second delete", lambda: len(_topics(events, "/tasks/delete")) == 2)
+            events.until("/tasks/delete", 2)
         finally:
             events.close()
-        assert [topic for topic, _, _ in events.seen][:2] == ["/tasks/create", "/tasks/start"]
+            keeper.end()
+        # When the OOM killer's event comes among the others is nobody's promise.
         oom = {event for event in events.seen if event[0] == "/tasks/oom"}
-        return [event for event in events.seen if event[0] != "/tasks/oom"], oom
+        return [event for event in events.seen if event not in oom], oom
 
     compare(node, scenario)
-
-
-def _topics(events: Events, topic: str) -> list[tuple[str, str, int]]:
-    return [event for event in events.seen if event[0] == topic]
 
 
 class UpdateTaskRequest(Message):
