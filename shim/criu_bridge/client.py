@@ -115,7 +115,7 @@ def dump(
         os.close(images_fd)
     if answer is not None and answer.success and answer.type == rpc.DUMP:
         return DumpResult(conversation.seconds, conversation.notifications, log_path)
-    refrozen = before.put_freezer_back()
+    refrozen = before.put_freezer_back(pid)
     if answer is not None:
         raise conversation.failure(answer, log_path, refrozen)
     # CRIU undoes what it did whenever it can still answer; this one could not.
@@ -305,13 +305,17 @@ class _Before:
         self._cgroup = cgroup
         self._state = freezer.state(cgroup) if cgroup else None
 
-    def put_freezer_back(self) -> bool | None:
+    def put_freezer_back(self, pid: int) -> bool | None:
         """The freezer as it was. A CRIU that failed by itself has done so already; one that was
         killed has not, and its code may still be in the processes, where it removes itself
-        only while they run. None: no freezer."""
+        only while they run. None: no freezer.
+
+        Thawed where the dumped process `pid` has ended: `runc kill` thaws what it kills, CRIU
+        freezes it again, and runc deletes no frozen container (runc 1.1: state_linux.go)."""
         if self._cgroup is None or self._state is None:
             return None
-        wanted = freezer.THAWED if self._state == freezer.THAWED else freezer.FROZEN
+        thaw = self._state == freezer.THAWED or _ending(pid)
+        wanted = freezer.THAWED if thaw else freezer.FROZEN
         if freezer.state(self._cgroup) == wanted:
             return True
         if wanted == freezer.FROZEN:
