@@ -43,12 +43,12 @@ def state(machine: Machine, pid: int) -> str:
     return done.stdout.strip() or done.stderr.strip()
 
 
-def kill(mark: str) -> None:
-    """SIGKILL for every process that has `mark` in its command line; there must be one."""
+def kill(file: str, mark: str) -> None:
+    """SIGKILL for every process with `mark` in its /proc/PID/`file`; there must be one."""
     killed = 0
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in (entry / "cmdline").read_bytes():
+            if mark.encode() in (entry / file).read_bytes():
                 os.kill(int(entry.name), signal.SIGKILL)
                 killed += 1
     assert killed, f"no {mark!r}"
@@ -101,7 +101,7 @@ def test_helper_killed_during_the_copy(
 
     def harm() -> None:
         until("the copy", lambda: resident(pid) > at_first + GIB, 60, every=0.002)
-        kill("shim.cuda.helper")
+        kill("cmdline", "shim.cuda.helper")
 
     status, told, seconds = checkpoint_while(holder, images, harm)
     after(holder, before, results, f"helper killed during the copy ({seconds:.1f} s)", told)
@@ -121,7 +121,7 @@ def test_criu_killed_during_the_dump(
     def harm() -> None:
         place = Path(images).parent
         until("images", lambda: written(place) > GIB, 60, every=0.002)
-        kill("criu\0swrk")
+        kill("comm", "criu\n")  # it writes its own command line
 
     status, told, seconds = checkpoint_while(holder, images, harm)
     after(holder, before, results, f"CRIU killed during the dump ({seconds:.1f} s)", told)
