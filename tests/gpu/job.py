@@ -126,7 +126,7 @@ class Job:
 
     def cgroup(self) -> Path:
         """The container's directory in the cgroup v2 tree."""
-        own = self.machine.path(f"/proc/{self.pid()}/cgroup").read_text().splitlines()
+        own = self.machine.run(["cat", f"/proc/{self.pid()}/cgroup"]).stdout.splitlines()
         (path,) = (line.removeprefix("0::") for line in own if line.startswith("0::"))
         directory: Path = self.machine.path("/sys/fs/cgroup" + path)
         return directory

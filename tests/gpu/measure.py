@@ -24,12 +24,12 @@ class Frozen(threading.Thread):
     def __init__(self, job: Job) -> None:
         super().__init__(daemon=True)
         self._events = job.cgroup() / "cgroup.events"
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self.seconds = 0.0
 
     def run(self) -> None:
         since = 0.0
-        while not self._stop.wait(0.001):
+        while not self._over.wait(0.001):
             try:
                 frozen = "frozen 1" in self._events.read_text()
             except OSError:  # the container has ended
@@ -46,7 +46,7 @@ class Frozen(threading.Thread):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()
+        self._over.set()
         self.join()
 
 
