@@ -166,3 +166,17 @@ def test_tree(gpu_node: Place, start_job: StartJob, images: str, engine: str) ->
         if engine == "driver":  # as in the test above
             unbroken(job, name)
     assert sum(board.owners().values()) == 3 * (2 << 20)
+
+
+def test_terminal(gpu_node: Place, start_job: StartJob, images: str, engine: str) -> None:
+    """A container with a terminal gets a new one when it is restored."""
+    node, _ = gpu_node
+    configure(node, engine=engine)
+    job = start_job(options=["--tty"], runtime=honouring(node))
+    before = job.next_report()
+    job.checkpoint_task(images, "--exit")
+    until("the container's end", lambda: job.status() == "STOPPED")
+    job.save_rootfs(diff_beside(images))
+    job.end()
+    note = f"--annotation=grit.dev/checkpoint={images.removesuffix('/checkpoint')}"
+    go_on(before, start_job(options=["--tty", note]).next_report())

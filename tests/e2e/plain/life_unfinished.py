@@ -1,0 +1,197 @@
+"""How shims end, wanted and unwanted, and what they leave: containers that outlive containerd,
+shims that are killed, and forty containers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.gpu import IMAGE, until
+from tests.e2e.plain.sides import (
+    FOR_EVER,
+    RUNTIMES,
+    Events,
+    Side,
+    compare,
+    group,
+    nothing_left,
+)
+
+if TYPE_CHECKING:
+    from tests.nodes.node import Node
+
+
+def kill(node: Node, pid: int, number: int = signal.SIGKILL) -> None:
+    node.run(["kill", f"-{int(number)}", str(pid)])
+
+
+def descriptors(node: Node, pid: int) -> list[str]:
+    """What a process of the node holds open."""
+    directory = node.path(f"/proc/{pid}/fd")
+    return [os.readlink(entry) for entry in directory.iterdir()]
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_containers_outlive_containerd(node: Node, end: str) -> None:
+    def scenario(side: Side) -> object:
+        side.start()
+        short = Side(node, side.runtime, "short").start("sh", "-c", "read x; exit 4")
+        pid = side.pid()
+        node.stop_containerd() if end == "stop" else node.kill_containerd()
+        node.run(["kill", "-9", str(short_pid(short))])
+        node.start_containerd()
+        assert side.pid() == pid
+        events = Events(node)
+        outcomes = [side.status(), short.status(), side.exec("echo", "still here")]
+        outcomes += [short.ctr("task", "delete", "short"), short.ctr("container", "rm", "short")]
+        outcomes += [side.kill()]
+        events.until("/tasks/exit")
+        outcomes += [side.until_stopped(), side.ctr("task", "delete", side.name)]
+        events.close()
+        return outcomes
+
+    def short_pid(short: Side) -> int:
+        return int((short.bundle() / "init.pid").read_text())
+
+    compare(node, scenario, ["grit"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("which", ["shim", "stock"])
+def test_a_shim_that_is_ended(node: Node, which: str, number: int) -> None:
+    """Either of ours is to containerd what its one shim is: with it go its containers."""
+
+    def scenario(side: Side) -> object:
+        events = Events(node)
+        side.start()
+        events.until("/tasks/start")
+        init = side.pid()
+        kill(node, side.shim_pid() if which == "shim" else side.stock_pid(), number)
+        events.until("/tasks/delete")
+        until("the container's end", lambda: init not in node.processes())
+        outcomes = [side.status(), side.exec("true"), side.ctr("task", "delete", side.name)]
+        events.close()
+        return outcomes, set(events.seen)
+
+    compare(node, scenario, ["grit"])
+
+
+def test_a_shim_killed_while_containerd_is_down(node: Node) -> None:
+    def scenario(side: Side) -> object:
+        side.start()
+        init, shim = side.pid(), side.shim_pid()
+        node.kill_containerd()
+        kill(node, shim)
+        node.start_containerd()
+        until("the container's end", lambda: init not in node.processes())
+        return side.status(), side.ctr("task", "delete", side.name)
+
+    compare(node, scenario, ["grit"])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_group_shares_one_shim(node: Node, number: int) -> None:
+    """Also when its containers are started at the same moment."""
+    before = node.leaks()
+    names = [f"member{n}" for n in range(number)]
+    members = [Side(node, "grit", name) for name in names]
+    words = [m.run_words(*FOR_EVER, flags=["-d", group("pod")]) for m in members]
+    starts = [node.popen(["ctr", *w]) for w in words]
+    assert [start.wait(30) for start in starts] == [0] * number
+    try:
+        until("all ready", lambda: all((m.bundle() / "rootfs/ready").exists() for m in members))
+        assert len({m.address() for m in members}) == 1
+        assert len({m.shim_pid() for m in members}) == 1
+        assert len({m.stock_pid() for m in members}) == 1
+        assert len(node.pids("containerd-shim-runc-v2")) == 1
+        first, *others = members
+        assert first.exec("echo", "hello") == (0, "hello\n", "")
+        kill(node, first.pid())
+        assert first.until_stopped() == "STOPPED"
+        first.end()
+        assert [m.status() for m in others] == ["RUNNING"] * len(others)
+        assert others[0].exec("echo", "hello") == (0, "hello\n", "")
+        first.start(flags=[group("pod")])
+        assert first.shim_pid() == others[0].shim_pid()
+    finally:
+        for member in members:
+            member.end()
+    nothing_left(node, before)
+
+
+@pytest.mark.parametrize("which", ["shim", "stock"])
+def test_a_groups_shim_killed(node: Node, which: str) -> None:
+    def scenario(side: Side) -> object:
+        other = Side(node, side.runtime, "other").start(flags=[group("pod")])
+        side.start(flags=[group("pod")])
+        inits = {side.pid(), other.pid()}
+        kill(node, side.shim_pid() if which == "shim" else side.stock_pid())
+        until("the containers' end", lambda: not inits & set(node.processes()))
+        until("containerd's notice", lambda: (side.status(), other.status()) == ("", ""))
+        try:
+            return side.ctr("task", "delete", side.name), other.ctr("task", "delete", other.name)
+        finally:
+            other.end()
+
+    compare(node, scenario, ["grit"])
+
+
+def test_forty_containers_at_once(node: Node) -> None:
+    containerd = node.pids("containerd")[0]
+    Side(node, "grit", "warm").start().end()
+    before, open_before = node.leaks(), len(descriptors(node, containerd))
+    run = " ".join(["ctr", "run", "-d", *RUNTIMES["grit"], IMAGE])
+    many = (
+        'for i in $(seq 40); do {} & pids="$pids $!"; done;'
+        "for pid in $pids; do wait $pid || exit 1; done"
+    )
+
+    def all_at_once(command: str) -> str:
+        return node.run(["bash", "-c", many.replace("{}", command)], timeout=120).stdout
+
+    loop = "sh -c 'while :; do sleep 1; done'"
+    all_at_once(f"{run} many$i {loop}")
+    assert len(node.pids("containerd-shim-runc-v2")) == 40
+    said = all_at_once("ctr task exec --exec-id e many$i echo many$i")
+    assert sorted(said.split()) == sorted(f"many{n}" for n in range(1, 41))
+    all_at_once("ctr task rm -f many$i >/dev/null")
+    all_at_once("ctr container rm many$i")
+    nothing_left(node, before)
+    until("containerd's descriptors", lambda: len(descriptors(node, containerd)) <= open_before)
+
+
+def test_what_the_shims_hold_open(node: Node) -> None:
+    """Nothing of the call that started them, nothing of each other's, no children."""
+
+    def open_by_stock(runtime: str) -> list[str]:
+        side = Side(node, runtime).start()
+        try:
+            return sorted(_kind(text) for text in descriptors(node, side.stock_pid()))
+        finally:
+            side.end()
+
+    expected = open_by_stock("stock")
+    side = Side(node, "grit").start()
+    try:
+        outer = side.shim_pid()
+        held = descriptors(node, outer)
+        table = node.run(["cat", "/proc/net/unix"]).stdout.splitlines()
+        path = side.address().removeprefix("unix://")
+        ours = {f"socket:[{row.split()[6]}]" for row in table if row.endswith(path)}
+        assert ours & set(held)
+        assert not ours & set(descriptors(node, side.stock_pid()))
+        assert not [text for text in held if text.startswith("pipe:")]
+        assert sorted(text for text in held if text.startswith("/"))[:-2] == ["/dev/null"]
+        children = node.path(f"/proc/{outer}/task/{outer}/children").read_text()
+        assert children == ""
+    finally:
+        side.end()
+    # Ours keeps two connections to it, and nothing else, more than containerd does to it alone.
+    assert set(open_by_stock("grit")) == set(expected)
+
+
+def _kind(text: str) -> str:
+    return text.partition(":")[0]
