@@ -286,3 +286,29 @@ def test_the_task_service_itself(node: Node) -> None:
         return outcomes
 
     compare(node, scenario)
+
+
+def test_exec(node: Node) -> None:
+    def scenario(side: Side) -> object:
+        return [
+            side.exec("true"),
+            side.start()
+            and side.exec(
+                "sh", "-c", "read word; echo $word $PATH; echo no >&2; exit 6", input="x\n"
+            ),
+            side.exec("/no/such/program"),
+            side.ctr("task", "exec", "--cwd", "/tmp", "--exec-id", "e", side.name, "pwd"),
+            side.ctr("task", "exec", "--user", "12:34", "--exec-id", "e", side.name, "id"),
+            _exec_killed(side),
+        ]
+
+    def _exec_killed(side: Side) -> object:
+        words = ["ctr", "task", "exec", "--exec-id", "long", side.name]
+        command = ["sh", "-c", "trap 'exit 8' TERM; echo ready; while :; do sleep 0.1; done"]
+        running = node.popen([*words, *command], stdout=subprocess.PIPE)
+        assert running.stdout
+        said = running.stdout.readline()
+        killed = side.kill("--exec-id", "long", "--signal", "SIGTERM")
+        return said, killed, running.stdout.read(), running.wait(20)
+
+    compare(node, scenario)
