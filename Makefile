@@ -8,10 +8,10 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup nodes lint test demo bench install uninstall proto
+.PHONY: help venv setup nodes lint test gpu-kit gpu-test demo bench install uninstall proto
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 install:  ## put the shim on this machine, under PREFIX (/usr/local)
 	$(PYTHON) packaging/install.py install --prefix $(PREFIX) --sysconfdir $(SYSCONFDIR)
@@ -40,6 +40,18 @@ test: lint nodes  ## all of it: lint, unit tests, then end to end on Debian 12, 
 
 nodes: setup venv  ## the Debian systems that tests and demo run on, kept in /var/cache/grit-tests
 	@$(PY) -m tests.nodes
+
+# What a machine with a GPU lacks, for the Python it will use there: docs/gpu.md.
+GPU_PYTHON ?= 3.12
+gpu-kit: nodes  ## pack what a machine with a GPU lacks into .gpu/
+	$(PY) -m tests.gpu.pack .gpu $(GPU_PYTHON)
+
+# In this order: what may leave a process stuck in the driver comes last.
+gpu-test:  ## on a machine with an NVIDIA GPU and PyTorch, with the kit: the tests on it (root)
+	@test -e /dev/nvidiactl || { echo "no NVIDIA GPU here: /dev/nvidiactl is missing"; exit 1; }
+	@test -e .gpu/kit.tar.xz || { echo "no .gpu/kit.tar.xz: make gpu-kit, elsewhere if need be"; exit 1; }
+	python3 -m pytest -o timeout_method=signal tests/gpu/test_real_checkpoint.py \
+	  tests/gpu/test_real_workloads.py tests/gpu/test_real_faults.py
 
 demo: nodes  ## a GPU container checkpointed and restored before your eyes
 	$(PY) -m tests.demo
