@@ -5,6 +5,7 @@ makes, only the test of the harness itself is collected.
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def images() -> Iterator[str]:
 
 @pytest.fixture
 def job(
-    machine: Machine, criu: str, results: Results, request: pytest.FixtureRequest
+    machine: Machine, criu: str, images: str, results: Results, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., Job]]:
     """Makes jobs out of the workloads and starts them: `job("hold.py", "64")`, under the CRIU that
     `criu` names. At the end they are removed, and the device memory must be as free as before;
@@ -87,7 +88,7 @@ def job(
     yield start
     for one in jobs:
         one.end()
-    keep_logs(results.directory / "logs" / request.node.name)
+    keep_logs(results.directory / "logs" / re.sub(r"[^\w.]+", "-", request.node.name).strip("-"))
     until("device memory is free again", lambda: gpu_memory() <= before + 64, 20, every=0.2)
 
 
