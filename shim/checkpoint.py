@@ -29,6 +29,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
+    from shim.runcstate import RunState
+
+CRIU_CONFIG = "grit-criu-dump.conf"
 
 _ROUNDS = 3
 """How often a process that takes up CUDA between suspend and freeze makes us begin again."""
@@ -175,6 +178,7 @@ def _dump(
             link_remap=settings.link_remap,
             ghost_limit=settings.ghost_limit,
             timeout=math.ceil(settings.lock_timeout + settings.dump_timeout),
+            config_file=_write_criu_config(container, state, plugin),
         ),
     )
     request.write_descriptors(state, draft.path)
@@ -221,6 +225,17 @@ def _criu(container: Container, plugin: bool) -> Swrk | Service:
         extra={record.VARIABLE: answers},
     )
     return Swrk(settings.criu, environment)
+
+
+def _write_criu_config(container: Container, state: RunState, plugin: bool) -> str:
+    """Writes CRIU's configuration file for this dump and returns its path: what the container's
+    own or runc's file says, but for the plugins. A `libdir` there, as an administrator sets for
+    the stock path, would have CRIU's CUDA plugin ask about processes that stand still."""
+    libdir = gpu.plugin_directory(container.config) if plugin else criu_config.NO_PLUGINS
+    text = criu_config.file_text([("libdir", libdir)], request.default_config_file(state))
+    path = os.path.join(container.bundle, CRIU_CONFIG)
+    bundle.replace(path, text, mode=0o600)
+    return path
 
 
 def _record_path(container: Container) -> str:
