@@ -35,6 +35,11 @@ NO_GPU_CHECK = {"CRIU_FAULT": "138"}
 
 ENVIRONMENT_OF_GRIT = {**NO_GPU_CHECK, "PATH": f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}"}
 
+ON_A_TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+
 T = TypeVar("T")
 
 
@@ -120,13 +125,13 @@ class Job:
             for mount in self.gpu.container_mounts()
         ]
         env = [f"--env={entry}" for entry in self.gpu.container_env()]
+        flags = ["-d", *self.options, *devices, *mounts, *env]
+        if "--tty" in flags:  # ctr wants to see one itself
+            words = ["ctr", "run", "--runtime", self.runtime, "--cpu-shares=0", *flags]
+            argv = ["python3", "-c", ON_A_TERMINAL, *words, IMAGE, self.name, *self.words]
+            return self.node.run(argv, check=False)
         return self.node.run_container(
-            self.name,
-            IMAGE,
-            *self.words,
-            flags=["-d", *self.options, *devices, *mounts, *env],
-            runtime=self.runtime,
-            check=False,
+            self.name, IMAGE, *self.words, flags=flags, runtime=self.runtime, check=False
         )
 
     def pid(self) -> int:

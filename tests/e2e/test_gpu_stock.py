@@ -70,15 +70,26 @@ def started(stock_place: Place) -> Iterator[Callable[..., Job]]:
     until("the GPU free", lambda: stock_place[1].owners() == {})
 
 
+def dump_log(job: Job) -> str:
+    """The errors in CRIU's log, which the stock shim only names."""
+    lines = (job.rootfs().parent / "criu-dump.log").read_text().splitlines()
+    return "\n".join(line for line in lines if "Error" in line)
+
+
 @pytest.mark.usefixtures("with_plugin")
-def test_stock_shim_cannot_dump_a_frozen_cuda_container(
+def test_stock_shim_and_a_frozen_cuda_container(
     stock_place: Place, started: Callable[..., Job]
 ) -> None:
-    """CRIU 4.1 asks for the lock while the container is frozen, and waits in vain."""
+    """CRIU 4.1 turns to the CUDA processes while the container is frozen, when none can answer;
+    4.2 thaws it before (seize.c), and succeeds where the plugin is set up."""
     node, _ = stock_place
-    done = started(runtime=STOCK).ctr("task", "checkpoint", "job", check=False)
-    print(node.name, done)
-    assert done.returncode != 0
+    job = started(runtime=STOCK)
+    done = job.ctr("task", "checkpoint", "job", check=False)
+    if node.name == "13":
+        assert done.returncode != 0
+        assert "cuda_plugin" in dump_log(job)
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("with_plugin")
@@ -120,7 +131,7 @@ def test_open_connections(stock_place: Place, started: Callable[..., Job]) -> No
     job = started("--kind", "cpu", "--tcp", runtime=STOCK)
     refused = job.ctr("task", "checkpoint", "job", check=False)
     assert refused.returncode != 0
-    assert "Connected TCP socket" in refused.stderr
+    assert "Connected TCP socket" in dump_log(job)
     job.end()
 
     job = started("--tcp", runtime=GRIT)
