@@ -7,6 +7,8 @@ its type is checked, and no name in it may lead out of the checkpoint's director
 
 from __future__ import annotations
 
+from shim.digests import BLOCK
+
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
 FORMAT = 1
@@ -20,13 +22,22 @@ class ManifestError(CheckpointDirError):
     """The manifest is missing or unusable; names the file and the key that is wrong."""
 
 
+_PLAIN, _OF_BLOCKS = "sha256", "sha256_of_64m_blocks"
+
+
 class File:
-    """One file of a checkpoint: its size in bytes and the SHA-256 of its contents, in hex."""
+    """One file of a checkpoint: its size in bytes and its digest, in hex, as `digests` has it: the
+    SHA-256 of the contents, or, above `digests.BLOCK` bytes, of the blocks' SHA-256s."""
 
     __slots__ = ("sha256", "size")
 
     def __init__(self, size: int, sha256: str) -> None:
         self.size, self.sha256 = size, sha256
+
+    @property
+    def key(self) -> str:
+        """What the digest is called in `grit.json`: a plain one is what sha256sum prints."""
+        return _PLAIN if self.size <= BLOCK else _OF_BLOCKS
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, File) and (self.size, self.sha256) == (other.size, other.sha256)
@@ -112,7 +123,7 @@ class Manifest:
             "cuda_processes": self.cuda_processes,
             "phases": self.phases,
             "files": {
-                name: {"size": file.size, "sha256": file.sha256}
+                name: {"size": file.size, file.key: file.sha256}
                 for name, file in sorted(self.files.items())
             },
         }
@@ -239,10 +250,11 @@ def _read_files(table: _Reader) -> dict[str, File]:
         if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name:
             raise table.wrong(repr(name), "is not the name of a file within the checkpoint")
         entry = table.table(name)
-        digest = entry.text("sha256")
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise entry.wrong("sha256", "must be 64 lower-case hexadecimal digits")
-        files[name] = File(entry.integer("size"), digest)
+        file = File(entry.integer("size"), "")
+        file.sha256 = entry.text(file.key)
+        if len(file.sha256) != 64 or not set(file.sha256) <= set("0123456789abcdef"):
+            raise entry.wrong(file.key, "must be 64 lower-case hexadecimal digits")
+        files[name] = file
     if INVENTORY not in files:
         raise table.wrong(INVENTORY, "is missing, and without it nothing can be restored")
     return files

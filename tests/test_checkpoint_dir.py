@@ -28,6 +28,7 @@ from shim.checkpoint_dir import (
     rootfs_diff,
     verify,
 )
+from shim.digests import BLOCK
 from shim.manifest import File, Manifest, ManifestError
 
 ROOT = pathlib.Path(checkpoint_dir.__file__).parents[1]
@@ -644,6 +645,41 @@ def test_the_rootfs_diff_lies_beside(tmp_path: pathlib.Path) -> None:
     assert rootfs_diff(images(tmp_path / "ctrd-checkpoint123")) is None
 
 
+BIG = 2 * BLOCK + 5
+BY_HAND = "split -b 64M --filter='openssl dgst -sha256 -binary' pages-1.img | sha256sum"
+"""docs/checkpoint-layout.md"""
+
+
+@pytest.fixture
+def big(place: pathlib.Path) -> pathlib.Path:
+    """A checkpoint with a file of three blocks; its path."""
+    draft = Draft.begin(str(place))
+    dump_into(draft)
+    with open(pathlib.Path(draft.path) / "pages-1.img", "wb") as file:
+        file.truncate(BIG)
+        for at in (0, BLOCK, BIG - 1):
+            os.pwrite(file.fileno(), b"x", at)
+    draft.publish(a_manifest())
+    return place / "pages-1.img"
+
+
+def test_a_large_file_has_a_digest_of_blocks(big: pathlib.Path) -> None:
+    entry = json.loads((big.parent / "grit.json").read_bytes())["files"]["pages-1.img"]
+    done = subprocess.run(
+        ["sh", "-c", BY_HAND], cwd=big.parent, capture_output=True, text=True, check=True
+    )
+    assert entry == {"size": BIG, "sha256_of_64m_blocks": done.stdout.split()[0]}
+    assert verify(str(big.parent), load(str(big.parent))) == []
+
+
+@pytest.mark.parametrize("at", [1, BLOCK - 1, BLOCK + 1, 2 * BLOCK, BIG - 1])
+def test_a_flipped_byte_in_any_block_is_found(big: pathlib.Path, at: int) -> None:
+    with open(big, "r+b") as file:
+        os.pwrite(file.fileno(), b"!", at)
+    (problem,) = verify(str(big.parent), load(str(big.parent)))
+    assert (problem.name, problem.kind) == ("pages-1.img", "checksum")
+
+
 def test_importing_it_stays_cheap() -> None:
     """It is loaded into the daemon at the first Checkpoint or restore."""
     code = (
@@ -657,5 +693,6 @@ def test_importing_it_stays_cheap() -> None:
         "__future__",
         "shim",
         "shim.checkpoint_dir",
+        "shim.digests",
         "shim.manifest",
     }
