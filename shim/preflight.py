@@ -54,7 +54,7 @@ def before_suspend(container: Container, driver: Driver, images: str | None) -> 
         problems += against_criu(container.config) + against_dump(pids)
     if images is not None:
         problems += against_space(images, pids, held)
-    _refuse(container, problems)
+    _refuse(container, problems, "nothing was done to it, it runs on")
 
 
 def before_dump(container: Container, images: str) -> None:
@@ -69,7 +69,7 @@ def before_dump(container: Container, images: str) -> None:
         lack = headroom.lack(container, suspension.processes)
         problems += [lack] if lack else []
     problems += against_space(images, pids, uncopied)
-    _refuse(container, problems)
+    _refuse(container, problems, "nothing was written")
 
 
 def against_criu(config: GritOptions) -> list[str]:
@@ -185,14 +185,12 @@ def _against_suspension(
     return problems, sum(process.held_bytes or 0 for process in processes)
 
 
-def _refuse(container: Container, problems: list[str]) -> None:
+def _refuse(container: Container, problems: list[str], state: str) -> None:
     if not problems:
         return
     if len(problems) > 1:
         problems = [f"({number}) {text}" for number, text in enumerate(problems, 1)]
-    raise Refused(
-        f"container {container.id}: refused before anything was done to it: " + "; ".join(problems)
-    )
+    raise Refused(f"container {container.id}: refused: {'; '.join(problems)}; {state}")
 
 
 def _kinds_held(pid: int) -> set[int]:
