@@ -24,6 +24,7 @@ from shim import (
     devices,
     gpu,
     headroom,
+    injected,
     log,
     messages,
     options,
@@ -282,6 +283,9 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     suspension = container.suspension
     notes = bundle.annotations_of(bundle.read_spec(container.bundle))
     system = os.uname()
+    state = container.runc_state()
+    mounts, device_files = injected.recorded(container, state)
+    gpus = devices.of_running(state.init_process_pid) if suspension else []
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,
@@ -289,7 +293,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         runtime="containerd-shim-grit-v1",
         engine=suspension.engine if suspension else "none",
         driver_version=devices.driver_version() if suspension else None,
-        gpus=devices.of_running(container.runc_state().init_process_pid) if suspension else [],
+        gpus=[{"uuid": one["uuid"], "name": one["name"]} for one in gpus],
         criu_version=criu,
         kernel=system.release,
         hostname=system.nodename,
@@ -302,6 +306,8 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         cuda_processes=[process.to_dict() for process in suspension.processes]
         if suspension
         else [],
+        mounts=mounts,
+        devices=device_files,
         phases={"suspend": round(suspension.seconds, 6)} if suspension else {},
     )
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from shim.config import GritOptions
     from shim.container import Container
-    from shim.cuda.driver import Driver
+    from shim.cuda.driver import Driver, Library
     from shim.cuda.engine import Policy
+    from shim.cuda.survey import Survey
     from shim.cuda.suspension import Process, Suspension
 
 PLUGIN_DIRECTORY = "/usr/lib/criu"
@@ -83,15 +84,17 @@ def missed(container: Container, suspension: Suspension) -> list[int]:
     return [one.pid for one in engine.missed(suspension, container.pids())]
 
 
-def require(container: Container, engine_name: str) -> None:
-    """Raises LibraryError, with the reason, unless this node can give processes their GPU back by
-    the engine that took it: before anything is restored, not after."""
+def require(container: Container, engine_name: str) -> tuple[Library, Survey]:
+    """What this node's driver can and has; raises LibraryError, with the reason, unless it can give
+    processes their GPU back by the engine that took it: before anything is restored, not after."""
     from shim.cuda import engine
 
     wanted = policy(container.config)
     wanted.engine = engine_name
     with helper(container.config) as driver:
-        engine.choose(wanted, driver.library())
+        library = driver.library()
+        engine.choose(wanted, library)
+        return library, driver.survey([], timeout=engine.ANSWER_SECONDS)
 
 
 def resume_restored(
