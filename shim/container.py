@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.config import GritOptions
     from shim.cuda.suspension import Suspension
+    from shim.devices import Gpu
     from shim.manifest import Manifest
     from shim.protowire import Message
     from shim.ttrpc import Client
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), the diff of the root file system that nobody else applies, the driver's map of
-    GPUs, "" for the same ones, and the memory limits to put back: bytes as raised -> before."""
+    tool wrote), the diff of the root file system that nobody else applies, the GPUs the container
+    is given, the driver's map from the old ones to these, "" for the same ones, and the memory
+    limits to put back: bytes as raised -> before."""
 
-    __slots__ = ("device_map", "images", "manifest", "raised_limits", "rootfs_diff")
+    __slots__ = ("device_map", "given", "images", "manifest", "raised_limits", "rootfs_diff")
 
-    def __init__(
-        self, images: str, manifest: Manifest | None, rootfs_diff: str | None, device_map: str
-    ) -> None:
-        self.device_map = device_map
+    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
+        self.device_map = ""
+        self.given: list[Gpu] = []
         self.images = images
         self.manifest = manifest
         self.raised_limits: dict[int, int] = {}

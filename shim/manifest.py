@@ -54,7 +54,8 @@ class Manifest:
 
     `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
     `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
-    carried here; `phases` gives the seconds each took.
+    carried here; `mounts` and `devices` are what `injected.recorded` found; `phases` gives the
+    seconds each took.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Manifest:
         options: dict[str, bool | int | str],
         cuda_processes: list[dict[str, object]],
         phases: dict[str, float],
+        mounts: list[dict[str, str]] | None = None,
+        devices: list[str] | None = None,
         created: str = "",
         files: dict[str, File] | None = None,
     ) -> None:
@@ -89,6 +92,8 @@ class Manifest:
         self.options = options
         self.cuda_processes = cuda_processes
         self.phases = phases
+        self.mounts = mounts or []
+        self.devices = devices or []
         self.created = created
         self.files = files or {}
 
@@ -121,6 +126,8 @@ class Manifest:
             "hostname": self.hostname,
             "options": self.options,
             "cuda_processes": self.cuda_processes,
+            "mounts": self.mounts,
+            "devices": self.devices,
             "phases": self.phases,
             "files": {
                 name: {"size": file.size, file.key: file.sha256}
@@ -157,6 +164,8 @@ class Manifest:
             options=document.table("options").scalars(),
             cuda_processes=[process.value for process in document.tables("cuda_processes")],
             phases=document.table("phases").numbers(),
+            mounts=[_read_mount(mount) for mount in document.tables("mounts", optional=True)],
+            devices=document.texts("devices", optional=True),
             files=_read_files(document.table("files")),
         )
 
@@ -206,7 +215,17 @@ class _Reader:
             raise self.wrong(key, "must be an object")
         return _Reader(value, self.where, f"{self.path}{key}.")
 
-    def tables(self, key: str) -> list[_Reader]:
+    def texts(self, key: str, *, optional: bool = False) -> list[str]:
+        if optional and key not in self.value:
+            return []
+        value = self.get(key, right="an array of strings")
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "must be an array of strings")
+        return value
+
+    def tables(self, key: str, *, optional: bool = False) -> list[_Reader]:
+        if optional and key not in self.value:
+            return []
         value = self.get(key, right="an array of objects")
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.wrong(key, "must be an array of objects")
@@ -242,6 +261,15 @@ def _read_json(data: bytes, where: str) -> dict[str, object]:
     if not isinstance(document, dict):
         raise ManifestError(f"{where}: must hold a JSON object")
     return document
+
+
+def _read_mount(mount: _Reader) -> dict[str, str]:
+    kept = {key: mount.text(key) for key in ("destination", "path")}
+    kept |= {key: mount.text(key) for key in ("source", "text") if key in mount.value}
+    for key in ("destination", "path"):
+        if not kept[key].startswith("/") or ".." in kept[key].split("/"):
+            raise mount.wrong(key, "must be an absolute path without ..")
+    return kept
 
 
 def _read_files(table: _Reader) -> dict[str, File]:

@@ -16,12 +16,13 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, headroom, log, messages, places
+from shim import bundle, checkpoint_dir, devices, gpu, headroom, injected, log, messages, places
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge import freezer, request
 from shim.criu_bridge.errors import explain, first_error, read_log
+from shim.cuda import states
 from shim.cuda.errors import CudaError
 from shim.ttrpc import StatusError
 
@@ -45,8 +46,8 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
-    config.json to match. Raises CheckpointDirError, RestoreError or headroom.NoRoom with nothing
-    created.
+    config.json to match. Raises CheckpointDirError, RestoreError, devices.DeviceError,
+    injected.NotGiven or headroom.NoRoom with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff = create.checkpoint, None
@@ -56,23 +57,32 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
             return None
         diff = checkpoint_dir.rootfs_diff(images)
     manifest = _verified(images)
-    found = Restore(images, manifest, diff, _device_map(manifest, spec))
+    found = Restore(images, manifest, diff)
+    injections: list[tuple[str, str | None]] = []
     if found.processes:
-        _require_engine(container, found)
+        _fit_gpus(container, found, spec)
         headroom.make_room_for_restore(container, found, spec)
-    _write_criu_config(container, spec, found)
+    if manifest is not None:
+        injections = injected.give_again(container, manifest, spec, found.given)
+    _write_criu_config(container, spec, found, injections)
     create.checkpoint = images
     return found
 
 
 def fill_rootfs(container: Container) -> None:
     """Applies the root file system's diff, after the inner shim has mounted it and before any
-    process runs in it. Only for restores by annotation: other clients do it themselves."""
-    from shim import rootfs_diff
+    process runs in it, and makes the mount points that CRIU will need. The diff only for restores
+    by annotation: other clients do it themselves."""
+    found = container.restore
+    if found is None:
+        return
+    if found.rootfs_diff:
+        from shim import rootfs_diff
 
-    if container.restore and container.restore.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
-        rootfs_diff.apply(container.restore.rootfs_diff, rootfs, python=places.python())
+        rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
+    if found.manifest is not None:
+        injected.make_mount_points(container, found.manifest)
 
 
 def start(container: Container) -> bytes:
@@ -92,6 +102,7 @@ def start(container: Container) -> bytes:
     try:
         _thaw(container)
         if found.processes:
+            injected.make_device_files(container.runc_state().init_process_pid, found.given)
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)
             headroom.restored(container, found)
     except Exception as error:
@@ -141,34 +152,55 @@ def _verified(images: str) -> Manifest | None:
     return manifest
 
 
-def _device_map(manifest: Manifest | None, spec: dict[str, Any]) -> str:
-    """The driver's device map for the GPUs this container is given, "" where it needs none."""
-    if manifest is None or not manifest.cuda_processes:
-        return ""
-    named = bundle.annotations_of(spec).get(devices.ANNOTATION, "")
-    found = devices.successors(manifest.gpus, devices.of_spec(spec), named)
-    if found and manifest.engine == "plugin":
-        raise RestoreError(
-            f"the checkpoint was made on other GPUs ({found}) by the plugin engine, and CRIU's "
-            "CUDA plugin knows no device map: restore it on the same GPUs, or checkpoint with "
-            'engine = "driver"'
-        )
-    return found
-
-
-def _require_engine(container: Container, found: Restore) -> None:
+def _fit_gpus(container: Container, found: Restore, spec: dict[str, Any]) -> None:
+    """Settles which GPUs the processes get, and that this node can give them. Raises RestoreError
+    or devices.DeviceError with what does not fit."""
+    assert found.manifest is not None
+    what = (
+        f"container {container.id}: {found.images} holds {len(found.processes)} CUDA processes "
+        f"suspended by the {found.engine} engine, and this node cannot bring them back"
+    )
     try:
-        gpu.require(container, found.engine)
+        library, survey = gpu.require(container, found.engine)
     except CudaError as error:
+        raise RestoreError(f"{what}: {error}") from error
+    held: dict[str, int] = {}
+    for process in found.processes:
+        for uuid, figure in process.gpus.items():
+            held[uuid] = held.get(uuid, 0) + figure
+    found.given = devices.of_spec(spec, container.runc.binary_name)
+    found.device_map = devices.successors(
+        found.manifest.gpus,
+        found.given,
+        bundle.annotations_of(spec).get(devices.ANNOTATION, ""),
+        held=held,
+        free={device.uuid: device.free for device in survey.devices},
+    )
+    if not found.device_map:
+        return
+    if found.engine == "plugin":
         raise RestoreError(
-            f"container {container.id}: {found.images} holds {len(found.processes)} CUDA processes "
-            f"suspended by the {found.engine} engine, and this node cannot bring them back: {error}"
-        ) from error
+            f"the checkpoint was made on other GPUs ({found.device_map}) by the plugin engine, and "
+            "CRIU's CUDA plugin knows no device map: restore it on the same GPUs, or checkpoint "
+            'with engine = "driver"'
+        )
+    if library.cuda_version < states.DEVICE_MAP_CUDA:
+        raise RestoreError(
+            f"{what}: it was made on other GPUs ({found.device_map}), and a device map needs "
+            f"driver r580 or later; {library.path} has CUDA {library.cuda_version // 1000}."
+            f"{library.cuda_version % 1000 // 10}"
+        )
 
 
-def _write_criu_config(container: Container, spec: dict[str, Any], found: Restore) -> None:
+def _write_criu_config(
+    container: Container,
+    spec: dict[str, Any],
+    found: Restore,
+    injections: list[tuple[str, str | None]],
+) -> None:
     """Writes the options `runc restore` does not pass on into a CRIU configuration file, with
-    what the container's own or runc's file says before them."""
+    what the container's own or runc's file says before them and the mounts that runc does not
+    know after them."""
     notes = bundle.annotations_of(spec)
     settings = container.config
     made_with = found.manifest.options if found.manifest else {}
@@ -187,7 +219,7 @@ def _write_criu_config(container: Container, spec: dict[str, Any], found: Restor
         lines.append(("libdir", criu_config.NO_PLUGINS))
     base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
     path = os.path.join(container.bundle, CRIU_CONFIG)
-    bundle.replace(path, criu_config.file_text(lines, base), mode=0o600)
+    bundle.replace(path, criu_config.file_text([*lines, *injections], base), mode=0o600)
     spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
 

@@ -23,7 +23,6 @@ CALLS = (
     "cuCheckpointProcessUnlock",
 )
 FIRST_DRIVER = "r570"  # the first with all of CALLS (CUDA 12.8)
-DEVICE_MAP_CUDA = 13000  # the first CUDA version whose restore takes GPU pairs (r580)
 
 # Where a driver container (the GPU operator's, GKE's installer) keeps the library on the host,
 # tried after what the loader finds by itself.
@@ -80,7 +79,7 @@ class LibCuda:
         """checkpointed -> locked. `device_map` is "old=new,..." of GPU UUIDs and must then name
         every GPU of the process. Raises LibraryError where the driver cannot map."""
         pairs = parse_device_map(device_map)
-        if pairs and self.cuda_version < DEVICE_MAP_CUDA:
+        if pairs and self.cuda_version < states.DEVICE_MAP_CUDA:
             raise LibraryError(
                 f"a device map needs a driver with CUDA 13.0 (r580) or later; {self.path} has "
                 f"CUDA {version_text(self.cuda_version)}"
