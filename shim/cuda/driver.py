@@ -92,10 +92,11 @@ class Driver:
             f"was abandoned (CUDA helper pid {helper.pid})"
         )
 
-    def survey(self, pids: list[int], *, timeout: float) -> Survey:
-        """What NVML says of the node's GPUs and these processes; one with a reason instead where
-        it says nothing. Raises as `call` does."""
-        answer = self.call("survey", 0, timeout=timeout, argument=",".join(map(str, pids)))
+    def survey(self, pids: list[int] | None, *, timeout: float) -> Survey:
+        """What NVML says of the node's GPUs and these processes, None for all there are; one with
+        a reason instead where it says nothing. Raises as `call` does."""
+        argument = "all" if pids is None else ",".join(map(str, pids))
+        answer = self.call("survey", 0, timeout=timeout, argument=argument)
         return Survey.decode(answer.name) if answer.ok else Survey(unknown=answer.name)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 
-from shim.cuda import discovery, limits, states
+from shim.cuda import discovery, limits, room, states
 from shim.cuda.driver import Answer, Driver, Library
 from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
 from shim.cuda.suspension import Process, Suspension, from_candidate
@@ -115,11 +115,10 @@ def resume(suspension: Suspension, driver: Driver, policy: Policy) -> None:
     """Brings each process back to the state it was found in; may be called again.
 
     Acts on what the driver says now, not on the record, so it also mends what a killed CRIU or
-    helper left behind. Processes that have died meanwhile are no error. Raises one CudaError for
-    all that did not come back, after every other did."""
-    errors, _ = _in_parallel(
-        suspension.processes, lambda p: _bring_back(p, p.before, driver, policy, "")
-    )
+    helper left behind. Processes that have died meanwhile are no error. Waits for others to free
+    the device memory that is needed, as long as for a lock; none is restored without. Raises one
+    CudaError for all that did not come back, after every other did."""
+    errors = _bring_all_back(suspension.processes, driver, policy)
     if errors:
         raise CudaError(
             "the GPU was not given back: " + "; ".join(map(str, errors)),
@@ -337,9 +336,7 @@ class _Suspend:
     def undone(self, error: Exception) -> CudaError:
         """Puts everything back and tells what became of it."""
         touched = self.suspension.processes[::-1]
-        errors, _ = _in_parallel(
-            touched, lambda p: _bring_back(p, p.before, self.driver, self.policy, "")
-        )
+        errors = _bring_all_back(touched, self.driver, self.policy)
         text = f"the GPU could not be suspended: {error}"
         if touched:
             text += ". Now, by the driver's word: " + ", ".join(
@@ -355,6 +352,27 @@ class _Suspend:
                 + ", ".join(f"`cuda-checkpoint --action unlock --pid {p.pid}`" for p in late)
             )
         return CudaError(text, {process.pid: process.state for process in touched})
+
+
+def _bring_all_back(processes: list[Process], driver: Driver, policy: Policy) -> list[Exception]:
+    """Each to the state it was found in; the errors of those that are not."""
+    try:
+        room.wait_for_room(_to_restore(processes, driver), driver, policy.lock_timeout)
+    except CudaError as error:
+        return [error]
+    errors, _ = _in_parallel(processes, lambda p: _bring_back(p, p.before, driver, policy, ""))
+    return errors
+
+
+def _to_restore(processes: list[Process], driver: Driver) -> list[Process]:
+    """Those whose device memory is on the host and is to go back. Who cannot be asked is left
+    out: what is wrong with it is told when it is brought back."""
+
+    def found(process: Process) -> tuple[Process, str]:
+        return process, _ask(process, driver, PATIENT_SECONDS)
+
+    _, answers = _in_parallel(processes, found)
+    return [p for p, state in answers if state == states.CHECKPOINTED != p.before]
 
 
 def _bring_back(

@@ -76,7 +76,8 @@ def _answer(
 def _survey(pids: str, cuda: LibCuda) -> str:
     from shim.cuda import nvml
 
-    return nvml.survey(set(map(int, filter(None, pids.split(",")))), cuda.path).encode()
+    wanted = None if pids == "all" else set(map(int, filter(None, pids.split(","))))
+    return nvml.survey(wanted, cuda.path).encode()
 
 
 def _perform(

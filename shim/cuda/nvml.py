@@ -34,8 +34,8 @@ class Unknown(Exception):
     """NVML does not say; the text says why."""
 
 
-def survey(pids: set[int], libcuda: str) -> Survey:
-    """All GPUs of the node, and those of the processes `pids` that are on one.
+def survey(pids: set[int] | None, libcuda: str) -> Survey:
+    """All GPUs of the node, and those of the processes `pids` that are on one, None for every.
 
     `libcuda` is the library in use, beside which NVML is looked for first. Raises Unknown."""
     found = Survey()
@@ -61,7 +61,7 @@ def _device(library: Any, device: Any) -> Device:
     return Device(name.decode(), memory.total, memory.free, bool(now[0]))
 
 
-def _uses(library: Any, call: str, device: Any, on: Device, pids: set[int]) -> list[Use]:
+def _uses(library: Any, call: str, device: Any, on: Device, pids: set[int] | None) -> list[Use]:
     try:
         entries = _processes(library, call, device)
     except (Unknown, AttributeError, ffi.error):
@@ -77,7 +77,7 @@ def _uses(library: Any, call: str, device: Any, on: Device, pids: set[int]) -> l
             mps=call == _MPS,
         )
         for entry in entries
-        if entry.pid in pids
+        if pids is None or entry.pid in pids
     ]
 
 

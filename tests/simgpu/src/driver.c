@@ -193,14 +193,18 @@ static CUresult attach_all(const struct mail_call *call)
 
 static CUresult op_restore(const struct mail_call *call, struct fault fault, uint64_t speed)
 {
+    static bool ran_out; /* no restore works after one that did (H100, r580) */
     uint8_t old[SIM_MAX_GPUS][16];
 
     if (sim_mailbox.state != CU_PROCESS_STATE_CHECKPOINTED)
         return CUDA_ERROR_ILLEGAL_STATE;
+    if (ran_out)
+        return CUDA_ERROR_OPERATING_SYSTEM;
     for (int i = 0; i < SIM_MAX_GPUS; i++)
         memcpy(old[i], sim_gpus[i].uuid, 16);
     size_t bytes = mapped_bytes();
     CUresult rc = attach_all(call);
+    ran_out = rc == CUDA_ERROR_OUT_OF_MEMORY;
     if (rc == CUDA_SUCCESS)
         rc = copy_all(true, fault.kind ? bytes / 2 : bytes, speed);
     if (rc == CUDA_SUCCESS && fault.kind)
