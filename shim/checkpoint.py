@@ -116,7 +116,9 @@ def resume(container: Container) -> None:
     CudaError or the inner shim's StatusError.
     """
     if container.suspension is None or container.status() == messages.PAUSED:
+        began = time.monotonic()
         container.ask("Resume")
+        log.info("thawed", id=container.id, seconds=_since(began))
     if container.suspension is not None:
         gpu.resume(container, container.suspension)
     container.forget_pause()
@@ -150,6 +152,7 @@ def _suspend_and_freeze(container: Container, images: str | None) -> None:
         preflight.before_suspend(container, driver, images)
         for _ in range(_ROUNDS):
             suspension = gpu.suspend(container, driver)
+            began = time.monotonic()
             try:
                 container.ask("Pause")
             except BaseException:
@@ -159,6 +162,9 @@ def _suspend_and_freeze(container: Container, images: str | None) -> None:
             late = gpu.missed(container, suspension)
             if not late:
                 container.suspension = suspension or None
+                container.phases = {"freeze": _since(began)}
+                if suspension:
+                    container.phases["suspend"] = round(suspension.seconds, 6)
                 return
             log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
             container.ask("Resume")
@@ -214,7 +220,7 @@ def _dump(
                 _require_copies(container)
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts, version)
-            manifest.phases["dump"] = round(time.monotonic() - began, 6)
+            manifest.phases["dump"] = _since(began)
             draft.publish(manifest)
         return True
 
@@ -308,8 +314,12 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         else [],
         mounts=mounts,
         devices=device_files,
-        phases={"suspend": round(suspension.seconds, 6)} if suspension else {},
+        phases=dict(container.phases),
     )
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 6)
 
 
 def _undo(container: Container) -> str:

@@ -69,6 +69,7 @@ class Container:
         "namespace",
         "orphanable",
         "paused_by",
+        "phases",
         "raised_limits",
         "restore",
         "runc",
@@ -98,6 +99,8 @@ class Container:
         self.lock = threading.Lock()
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
+        self.phases: dict[str, float] = {}
+        """Seconds that each step of the last suspension and freeze took, for the manifest."""
         self.paused_by: int | None = None
         """The connection whose Pause has not met its Resume."""
         self.orphanable = False
