@@ -49,6 +49,16 @@ def suspend(container: Container, driver: Driver) -> Suspension:
     except BaseException:
         headroom.put_back(container)
         raise
+    for pid, problem in suspension.forked.items():
+        if problem:
+            log.warning(
+                "a forked process keeps its parent's GPU files, and CRIU will not dump it",
+                id=container.id,
+                pid=pid,
+                reason=problem,
+            )
+        else:
+            log.info("a forked process was freed of its parent's GPU", id=container.id, pid=pid)
     if suspension:
         log.info(
             "GPU suspended",

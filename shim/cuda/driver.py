@@ -72,8 +72,8 @@ class Driver:
 
     def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
         """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
-        (argument: device map) or unlock; or the question to NVML that `survey` asks. Returns
-        within `timeout` seconds of the helper being up.
+        (argument: device map) or unlock; or the question to NVML that `survey` asks; or shed
+        (argument: a forked.Inheritance). Returns within `timeout` seconds of the helper being up.
 
         Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does
         not start, LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an

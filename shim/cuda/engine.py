@@ -13,7 +13,7 @@ import os
 import threading
 import time
 
-from shim.cuda import discovery, limits, room, states
+from shim.cuda import discovery, forked, limits, room, states
 from shim.cuda.driver import Answer, Driver, Library
 from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
 from shim.cuda.suspension import Process, Suspension, from_candidate
@@ -199,6 +199,7 @@ class _Suspend:
     def run(self) -> Suspension:
         try:
             self.lock_until_quiet()
+            self.shed_inherited()
             if self.suspension.engine == "driver":
                 self.copy_until_quiet()
         except Exception as error:
@@ -295,6 +296,23 @@ class _Suspend:
                 if survey.uses
                 else "NVML does not list it among the processes that use a GPU"
             )
+
+    def shed_inherited(self) -> None:
+        """Takes from the processes without CUDA what they inherited, by fork, of the GPU of those
+        with it: now, as long as both have it in the same place. Where that does not work CRIU will
+        say so, if it comes to a dump."""
+        for pid, _, _ in self.suspension.idle:
+            for parent in self.suspension.processes:
+                try:
+                    found = forked.inherited(pid, parent.pid)
+                    if not found:
+                        continue
+                    answer = self.driver.call(
+                        "shed", pid, timeout=ANSWER_SECONDS, argument=found.encode()
+                    )
+                    self.suspension.forked[pid] = "" if answer.ok else answer.name
+                except (CudaError, OSError) as error:
+                    self.suspension.forked[pid] = str(error)
 
     def copy_until_quiet(self) -> None:
         """Copies what is locked, and what has got CUDA while that was copied."""

@@ -61,6 +61,9 @@ def _answer(
     try:
         if action == "survey":
             code, value, name = states.SUCCESS, 0, _survey(argument, cuda)
+        elif action == "shed":
+            _shed(int(pid), argument)
+            code, value, name = states.SUCCESS, 0, ""
         else:
             code, value = _perform(backend, action, int(pid), argument)
             name = cuda.error_name(code)
@@ -78,6 +81,13 @@ def _survey(pids: str, cuda: LibCuda) -> str:
 
     wanted = None if pids == "all" else set(map(int, filter(None, pids.split(","))))
     return nvml.survey(wanted, cuda.path).encode()
+
+
+def _shed(pid: int, what: str) -> None:
+    from shim.cuda.forked import Inheritance
+    from shim.cuda.shed import shed
+
+    shed(pid, Inheritance.decode(what))
 
 
 def _perform(

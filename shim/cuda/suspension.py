@@ -109,11 +109,13 @@ class Suspension:
 
     engine: "driver", "plugin", or "none". processes: its CUDA processes.
     idle: those that had libcuda or a device open but no CUDA, as [pid, start time, devices]; what
-        `engine.missed` compares with. library, cuda_version: as in driver.Library.
-    seconds: how long the suspension took.
+        `engine.missed` compares with.
+    forked: those of them that had inherited the GPU of one with CUDA, by pid, and why it could not
+        be taken from them, "" where it was.
+    library, cuda_version: as in driver.Library. seconds: how long the suspension took.
     """
 
-    __slots__ = ("cuda_version", "engine", "idle", "library", "processes", "seconds")
+    __slots__ = ("cuda_version", "engine", "forked", "idle", "library", "processes", "seconds")
 
     def __init__(self, engine: str = "none") -> None:
         self.engine = engine
@@ -121,6 +123,7 @@ class Suspension:
         self.cuda_version = 0
         self.processes: list[Process] = []
         self.idle: list[tuple[int, int, bool]] = []
+        self.forked: dict[int, str] = {}
         self.seconds = 0.0
 
     def __bool__(self) -> bool:
@@ -133,6 +136,7 @@ class Suspension:
             "cuda_version": self.cuda_version,
             "seconds": self.seconds,
             "processes": [process.to_dict() for process in self.processes],
+            "forked": {str(pid): problem for pid, problem in self.forked.items()},
             "idle": [list(entry) for entry in self.idle],
         }
 
@@ -144,6 +148,7 @@ class Suspension:
         new.cuda_version = plain["cuda_version"]
         new.seconds = plain["seconds"]
         new.processes = [Process.from_dict(entry) for entry in plain["processes"]]
+        new.forked = {int(pid): problem for pid, problem in plain["forked"].items()}
         new.idle = [(pid, start_time, devices) for pid, start_time, devices in plain["idle"]]
         return new
 

@@ -175,8 +175,7 @@ void board_close_inherited(void)
     for (int i = 0; i < SIM_MAX_GPUS; i++) {
         struct sim_gpu *g = &sim_gpus[i];
         if (!g->used)
-            continue;
-        close_fd(&g->dev_fd);
+            continue; /* the device stays open in the child, as the real driver leaves it */
         close_fd(&g->memory_fd);
         close_fd(&g->table_fd);
     }
