@@ -255,7 +255,8 @@ def _write_criu_config(container: Container, state: RunState, plugin: bool) -> s
     own or runc's file says, but for the plugins. A `libdir` there, as an administrator sets for
     the stock path, would have CRIU's CUDA plugin ask about processes that stand still."""
     libdir = gpu.plugin_directory(container.config) if plugin else criu_config.NO_PLUGINS
-    text = criu_config.file_text([("libdir", libdir)], request.default_config_file(state))
+    base = bundle.criu_config_before(container.bundle, request.default_config_file(state))
+    text = criu_config.file_text([("libdir", libdir)], base)
     path = os.path.join(container.bundle, CRIU_CONFIG)
     bundle.replace(path, text, mode=0o600)
     return path
