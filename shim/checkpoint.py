@@ -286,7 +286,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     system = os.uname()
     state = container.runc_state()
     mounts, device_files = injected.recorded(container, state)
-    gpus = devices.of_running(state.init_process_pid) if suspension else []
+    gpus = container.given or devices.of_running(state.init_process_pid) if suspension else []
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,

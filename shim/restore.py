@@ -110,7 +110,7 @@ def start(container: Container) -> bytes:
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
-    container.restore = None
+    container.given, container.restore = found.given, None
     log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
     return reply
 

@@ -148,6 +148,8 @@ def test_containerds_own_cdi(
     gpu_node: Place, start_job: StartJob, images: str, engine: str
 ) -> None:
     node, board = gpu_node
+    if node.containerd_version < (2, 0):
+        pytest.skip("ctr 1.7 knows no CDI; a client that does edits the specification itself")
     configure(node, engine=engine)
     specification = {
         "cdiVersion": "0.5.0",
