@@ -261,7 +261,8 @@ def _write_criu_config(container: Container, state: RunState, plugin: bool) -> s
     own or runc's file says, but for the plugins. A `libdir` there, as an administrator sets for
     the stock path, would have CRIU's CUDA plugin ask about processes that stand still."""
     libdir = gpu.plugin_directory(container.config) if plugin else criu_config.NO_PLUGINS
-    text = criu_config.file_text([("libdir", libdir)], request.default_config_file(state))
+    base = bundle.criu_config_before(container.bundle, request.default_config_file(state))
+    text = criu_config.file_text([("libdir", libdir)], base)
     path = os.path.join(container.bundle, CRIU_CONFIG)
     bundle.replace(path, text, mode=0o600)
     return path
@@ -291,7 +292,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     system = os.uname()
     state = container.runc_state()
     mounts, device_files = injected.recorded(container, state)
-    gpus = devices.of_running(state.init_process_pid) if suspension else []
+    gpus = container.given or devices.of_running(state.init_process_pid) if suspension else []
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,

@@ -64,6 +64,7 @@ class Container:
         "_inner",
         "bundle",
         "config",
+        "given",
         "id",
         "lock",
         "namespace",
@@ -107,6 +108,8 @@ class Container:
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
         self.raised_limits: dict[str, tuple[int, int]] = {}
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
+        self.given: list[Gpu] = []
+        """The GPUs a restored container was given; in its /dev are those of its first life, too."""
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 

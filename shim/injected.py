@@ -66,7 +66,7 @@ def recorded(container: Container, state: RunState) -> tuple[list[dict[str, str]
         if hooked.source and not hooked.source.startswith(container.bundle + "/"):
             mount["source"] = hooked.source
         else:
-            text = _small_text(root + hooked.destination)
+            text = _small_text(root + resolve_in_root(root, hooked.destination))
             if text is None:
                 log.warning(
                     "a mount of the container comes from where no path of the host leads; a "
@@ -95,7 +95,7 @@ def give_again(
     for number, mount in enumerate(manifest.mounts):
         if {os.path.normpath(mount["destination"]), mount["path"]} & own:
             continue  # runc tells CRIU
-        source = mount.get("source", "")
+        source = os.path.realpath(mount.get("source", "/"))
         if "text" in mount:
             source = os.path.join(container.bundle, f"grit-mount-{number}")
             bundle.replace(source, mount["text"], mode=0o444)
@@ -133,9 +133,10 @@ def make_mount_points(container: Container, manifest: Manifest) -> None:
 def make_device_files(pid: int, given: list[Gpu]) -> None:
     """In the /dev of a restored container, which came out of the images: the files of the GPUs it
     was given, which may have other numbers than those of the checkpoint."""
+    root = f"/proc/{pid}/root"
     for gpu in given:
         name = f"nvidia{gpu['minor']}"
-        place = f"/proc/{pid}/root/dev/{name}"
+        place = root + resolve_in_root(root, f"/dev/{name}")
         if os.path.lexists(place):
             continue
         try:
@@ -162,15 +163,9 @@ def _drop_hooks(container: Container, spec: dict[str, Any]) -> None:
 
 
 def _is_the_drivers(source: str) -> bool:
-    """Whether a path of the host is a file of the driver's, whatever links lead there."""
-    real = os.path.realpath(source)
-    return all(
-        os.path.isabs(path)
-        and _DRIVER_PLACES.match(path)
-        and _DRIVER_NAMES.search(path)
-        and not _PODS.search(path)
-        for path in (source, real)
-    )
+    """Whether a path of the host, without links, is a file of the driver's."""
+    named = _DRIVER_PLACES.match(source) and _DRIVER_NAMES.search(source)
+    return bool(named) and not _PODS.search(source)
 
 
 def _allow(spec: dict[str, Any], common: list[str], given: list[Gpu]) -> None:
@@ -193,7 +188,9 @@ def _allow(spec: dict[str, Any], common: list[str], given: list[Gpu]) -> None:
 
 def _small_text(path: str) -> str | None:
     try:
-        with open(path, "rb") as file:
+        # Links were followed within the container's root, and it stands still.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
             data = file.read(LARGEST_FILE + 1)

@@ -267,8 +267,9 @@ def _read_mount(mount: _Reader) -> dict[str, str]:
     kept = {key: mount.text(key) for key in ("destination", "path")}
     kept |= {key: mount.text(key) for key in ("source", "text") if key in mount.value}
     for key in ("destination", "path"):
-        if not kept[key].startswith("/") or ".." in kept[key].split("/"):
-            raise mount.wrong(key, "must be an absolute path without ..")
+        # "]" would end the name in CRIU's `external mnt[NAME]:SOURCE`.
+        if not kept[key].startswith("/") or ".." in kept[key].split("/") or "]" in kept[key]:
+            raise mount.wrong(key, "must be an absolute path without .. and ]")
     return kept
 
 

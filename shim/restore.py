@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from shim.manifest import Manifest
 
 ANNOTATION = "grit.dev/checkpoint"
-CRIU_CONFIG = "grit-criu.conf"
-
 _THAW_SECONDS = 10.0
 
 
@@ -59,7 +57,11 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     manifest = _verified(images)
     found = Restore(images, manifest, diff)
     injections: list[tuple[str, str | None]] = []
-    if found.processes:
+    try:
+        with_cuda = bool(found.processes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RestoreError(f"{images}: cuda_processes in its manifest: {error!r}") from error
+    if with_cuda:
         _fit_gpus(container, found, spec)
         headroom.make_room_for_restore(container, found, spec)
     if manifest is not None:
@@ -108,7 +110,7 @@ def start(container: Container) -> bytes:
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
-    container.restore = None
+    container.given, container.restore = found.given, None
     log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
     return reply
 
@@ -218,8 +220,9 @@ def _write_criu_config(
     elif found.engine == "driver":
         lines.append(("libdir", criu_config.NO_PLUGINS))
     base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
-    path = os.path.join(container.bundle, CRIU_CONFIG)
+    path = os.path.join(container.bundle, bundle.RESTORE_CONFIG)
     bundle.replace(path, criu_config.file_text([*lines, *injections], base), mode=0o600)
+    bundle.replace(os.path.join(container.bundle, bundle.BASE_CONFIG), base or "", mode=0o600)
     spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
 

@@ -48,6 +48,11 @@ def a_manifest() -> Manifest:
         hostname="node-1",
         options={"tcp": "established", "file_locks": True, "ghost_limit": 1048576},
         cuda_processes=[{"pid": 7, "vma": [1, 2]}],
+        mounts=[
+            {"destination": "/a", "path": "/a", "source": "/usr/lib/libcuda.so.1"},
+            {"destination": "/b", "path": "/c", "text": "ModifyDeviceFiles: 0\n"},
+        ],
+        devices=["/dev/nvidia0", "/dev/nvidiactl"],
         phases={"lock": 0.001, "dump": 0.34},
     )
 
@@ -126,6 +131,8 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
         "hostname",
         "options",
         "cuda_processes",
+        "mounts",
+        "devices",
         "phases",
         "files",
     ]
@@ -502,6 +509,10 @@ def with_value(path: list[str], value: object) -> bytes:
     return json.dumps(changed).encode()
 
 
+def mount(**values: object) -> dict[str, object]:
+    return {"destination": "/a", "path": "/a", "source": "/usr/lib/libcuda.so.1", **values}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -523,6 +534,13 @@ def with_value(path: list[str], value: object) -> bytes:
         (["gpus"], [1], "gpus must be an array of objects"),
         (["gpus"], [{"uuid": "a"}], r"gpus\[0\].name is missing; it must be a string"),
         (["cuda_processes"], None, "cuda_processes must be an array of objects"),
+        (["mounts"], [1], "mounts must be an array of objects"),
+        (["mounts"], [{"destination": "/a"}], r"mounts\[0\].path is missing; it must be a string"),
+        (["mounts"], [mount(path="a")], r"mounts\[0\].path must be an absolute path without"),
+        (["mounts"], [mount(path="/x]:/etc")], r"mounts\[0\].path must be .* without .. and ]"),
+        (["mounts"], [mount(path="/a/../b")], r"mounts\[0\].path must be an absolute path"),
+        (["mounts"], [mount(source=5)], r"mounts\[0\].source must be a string"),
+        (["devices"], ["/dev/nvidia0", 1], "devices must be an array of strings"),
         (["options", "tcp"], [], "options.tcp must be true, false, a whole number or a string"),
         (["options", "x"], 1.5, "options.x must be true, false"),
         (["phases", "dump"], "1s", "phases.dump must be a number"),

@@ -22,15 +22,19 @@ CALLS = (
     "cuCheckpointProcessRestore",
     "cuCheckpointProcessUnlock",
 )
+NAME = "libcuda.so.1"
 FIRST_DRIVER = "r570"  # the first with all of CALLS (CUDA 12.8)
 
-# Where a driver container (the GPU operator's, GKE's installer) keeps the library on the host,
-# tried after what the loader finds by itself.
-DRIVER_ROOTS = (
-    "/run/nvidia/driver/usr/lib/x86_64-linux-gnu/libcuda.so.1",
-    "/run/nvidia/driver/usr/lib/aarch64-linux-gnu/libcuda.so.1",
-    "/run/nvidia/driver/usr/lib64/libcuda.so.1",
-    "/home/kubernetes/bin/nvidia/lib64/libcuda.so.1",
+# Tried after what the loader finds by itself: where a driver container keeps its libraries on the
+# host (the GPU operator's root file system, of Ubuntu or of Red Hat; GKE's installer), and what a
+# loader's cache may not know.
+DIRECTORIES = (
+    "/run/nvidia/driver/usr/lib/x86_64-linux-gnu",
+    "/run/nvidia/driver/usr/lib/aarch64-linux-gnu",
+    "/run/nvidia/driver/usr/lib64",
+    "/home/kubernetes/bin/nvidia/lib64",
+    "/usr/lib/x86_64-linux-gnu/nvidia/current",
+    "/usr/lib64",
 )
 
 
@@ -108,14 +112,16 @@ def _load(path: str) -> tuple[str, Any]:
         except OSError as error:
             raise LibraryError(f"the configured libcuda cannot be loaded: {error}") from error
     tried = []
-    for candidate in ("libcuda.so.1", *filter(os.path.exists, DRIVER_ROOTS)):
+    places = [os.path.join(directory, NAME) for directory in DIRECTORIES]
+    for candidate in (NAME, *filter(os.path.exists, places)):
         try:
             return candidate, ffi.dlopen(candidate)
         except OSError as error:
             tried.append(str(error))
     raise LibraryError(
-        f"no libcuda.so.1 on this node ({'; '.join(tried)}; nor under {DRIVER_ROOTS[0][:18]}): "
-        "is the NVIDIA driver installed?"
+        f"no {NAME} on this node ({'; '.join(tried)}; looked for in the loader's path and in "
+        f"{', '.join(DIRECTORIES)}): is the NVIDIA driver installed? If it is elsewhere, name the "
+        "library as `libcuda` under [grit]"
     )
 
 

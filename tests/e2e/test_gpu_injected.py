@@ -130,7 +130,7 @@ def test_a_host_file_that_is_not_the_drivers_is_not_given(
     node.path("/usr/lib/nvidia-link").symlink_to("/etc/shadow")
     for source, why in (
         ("/etc/shadow", "none of the driver's"),
-        ("/usr/lib/nvidia-link", "none of the driver's"),
+        ("/usr/lib/nvidia-link", "none of the driver's"),  # leads to the same
         ("/usr/lib/libcuda.so.1.2.3", "which this node does not have"),
     ):
         library["source"] = source
@@ -138,7 +138,8 @@ def test_a_host_file_that_is_not_the_drivers_is_not_given(
         restored = start_with_toolkit(note, run=False)
         done = restored.try_run()
         assert done.returncode != 0
-        assert f"{nvidia_runtime.LIBRARY} (was {source}" in done.stderr
+        real = "/etc/shadow" if "link" in source else source
+        assert f"{nvidia_runtime.LIBRARY} (was {real}" in done.stderr
         assert why in done.stderr
         restored.end()
     node.path("/usr/lib/nvidia-link").unlink()
@@ -148,6 +149,8 @@ def test_containerds_own_cdi(
     gpu_node: Place, start_job: StartJob, images: str, engine: str
 ) -> None:
     node, board = gpu_node
+    if node.containerd_version < (2, 0):
+        pytest.skip("ctr 1.7 knows no CDI; a client that does edits the specification itself")
     configure(node, engine=engine)
     specification = {
         "cdiVersion": "0.5.0",

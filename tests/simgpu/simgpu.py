@@ -299,13 +299,14 @@ class SimGpu:
         finally:
             self.end_faults()
 
-    def owners(self) -> dict[int, int]:
-        """Bytes of device memory held, by host pid of the living owner. Empty: nothing leaked.
+    def owners(self, *gpus: int) -> dict[int, int]:
+        """Bytes of device memory held on these GPUs, or on all, by host pid of the living owner.
+        Empty: nothing leaked.
 
         A process with its GPU attached but no memory is there with 0 bytes.
         """
         held: dict[int, int] = {}
-        for gpu in range(self.gpus):
+        for gpu in gpus or range(self.gpus):
             with open(self.directory / f"gpu{gpu}/table", "rb") as table:
                 table.seek(HEADER_BYTES)
                 slots = struct.unpack(f"<{self.capacity // PAGE}I", table.read())
