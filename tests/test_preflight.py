@@ -118,11 +118,14 @@ def test_of_a_driver_that_is_not_known_yet_nothing_is_claimed() -> None:
     assert [limits.major(v) for v in ("580.159.04", "", None, "x.1")] == [580, None, None, None]
 
 
-@pytest.mark.parametrize(("number", "mig"), [(1, False), (2, False), (21, True)])
+@pytest.mark.parametrize(("number", "mig"), [(1, False), (2, False), (21, True), (512, False)])
 def test_the_capability_of_a_mig_instance_is_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mig: bool
 ) -> None:
     monkeypatch.setattr(limits, "_CAPABILITIES", f"{tmp_path}/nvidia-cap")
+    minors = tmp_path / "mig-minors"
+    minors.write_text("config 1\nmonitor 2\ngpu0/gi2/access 21\ngpu0/gi2/ci0/access 22\n")
+    monkeypatch.setattr(limits, "_MIG_MINORS", str(minors))
     file = tmp_path / f"nvidia-cap{number}"
     with open(file, "w"):
         found = limits.reasons(ME, Survey(), 580)

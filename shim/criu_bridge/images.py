@@ -131,6 +131,8 @@ def parse_dump_stats(data: bytes) -> DumpStats:
 def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]:
     """The content of pagemap-<pid>.img: which file has the process's pages, and how many bytes of
     the address ranges [start, end) are in it. Raises ImageError."""
+    from bisect import bisect_right
+
     records = _records(data, _COMMON_MAGIC, _PAGEMAP_MAGIC)
     if not records:
         raise ImageError("a pagemap without a head")
@@ -138,16 +140,16 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     low = min((start for start, _ in ranges), default=0)
     high = max((end for _, end in ranges), default=0)
     total = 0
-    for record in records[1:]:
-        # There may be tens of thousands, in ascending order, and the process stands still.
+    # In ascending order. There may be tens of thousands, and the process stands still meanwhile.
+    first = bisect_right(records, low, lo=1, key=_first_varint) - 1
+    for record in records[max(first, 1) :]:
         if _first_varint(record) >= high:
             break
         entry = _decode(_PagemapEntry, record)
         start = entry.vaddr or 0
         end = start + (entry.nr_pages or entry.nr_pages_32 or 0) * _PAGE
-        if end <= low or not (entry.flags or 0) & _PRESENT:
-            continue
-        total += sum(max(min(end, e) - max(start, s), 0) for s, e in ranges)
+        if (entry.flags or 0) & _PRESENT:
+            total += sum(max(min(end, e) - max(start, s), 0) for s, e in ranges)
     return f"pages-{head.pages_id}.img", total
 
 

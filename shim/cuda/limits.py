@@ -22,7 +22,8 @@ KNOWN_UP_TO = 615
 IPC_SINCE = 610
 
 _CAPABILITIES = "/dev/nvidia-caps/nvidia-cap"
-_NOT_OF_AN_INSTANCE = (1, 2)  # /proc/driver/nvidia-caps/mig-minors: MIG's "config" and "monitor"
+_MIG_MINORS = "/proc/driver/nvidia-caps/mig-minors"
+"""Lines of a name and a number: "config 1", "monitor 2", "gpu0/gi1/access 12", ..."""
 _MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _MPS_DEFAULT = "/tmp/nvidia-mps"
 
@@ -76,6 +77,8 @@ def _capability_of_an_instance(pid: int) -> str:
     """The capability file of a MIG instance that the process holds open, "" if none."""
     directory = f"/proc/{pid}/fd"
     try:
+        with open(_MIG_MINORS, encoding="ascii") as file:
+            instances = {line.split()[1] for line in file if line.startswith("gpu")}
         names = os.listdir(directory)
     except OSError:
         return ""
@@ -84,8 +87,7 @@ def _capability_of_an_instance(pid: int) -> str:
             target = os.readlink(f"{directory}/{name}")
         except OSError:
             continue
-        number = target.removeprefix(_CAPABILITIES)
-        if number != target and number.isdigit() and int(number) not in _NOT_OF_AN_INSTANCE:
+        if target.startswith(_CAPABILITIES) and target.removeprefix(_CAPABILITIES) in instances:
             return target
     return ""
 
