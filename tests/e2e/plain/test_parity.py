@@ -181,8 +181,8 @@ def test_pause_and_resume(node: Node) -> None:
         for _ in range(2):
             outcomes += [side.ctr("task", "resume", side.name), side.status()]
         outcomes += [side.exec("true"), side.ctr("task", "pause", side.name)]
-        outcomes += [side.kill("--signal", "SIGKILL"), side.status()]
-        outcomes += [side.ctr("task", "resume", side.name), side.until_stopped()]
+        outcomes.append(side.kill("--signal", "SIGKILL"))
+        until("the task's end", lambda: side.status() == "STOPPED")
         outcomes += [side.ctr("task", "pause", side.name), side.ctr("task", "resume", side.name)]
         return outcomes
 
