@@ -2,14 +2,14 @@
 
 containerd holds every task of such a group for dead and can no longer reach it, so they are ended
 through the inner shim, whose exit events containerd still hears; then the inner shim ends, then
-its socket and the records go. The caller holds the group's lock.
+its sockets and the records go. The caller holds the group's lock.
 """
 
 from __future__ import annotations
 
 import os
 
-from shim import bundle, group, places
+from shim import bundle, group
 
 _BUDGET = 2.0
 """Seconds for ending the tasks. containerd gives a `delete` 5, and the stock delete follows."""
@@ -28,11 +28,10 @@ def end(home: str) -> None:
         except (OSError, ValueError):
             pass  # one that ends listens no more, one that does not answer is killed all the same
         _end_process(pid)
-    inner_address = bundle.address_in(group.answer(home))
-    if inner_address:
-        # The inner shim of containerd 2.x looks for it under another name (2.1
-        # pkg/shim/util_unix.go), and one that was killed leaves it in any case.
-        group.unlink(places.socket_of(inner_address))
+    # The inner shim of containerd 2.x looks for them under other names (2.1
+    # pkg/shim/util_unix.go), and one that was killed leaves them in any case.
+    for socket in group.sockets(home):
+        group.unlink(socket)
     group.remove(home)
 
 

@@ -32,14 +32,16 @@ RUNTIMES = {
     "grit": ["--runtime", GRIT, "--runtime-config-path", CONFIG],
     "path": ["--runtime", SHIM],
 }
+"""By path, the options come in the stock shim's own form."""
+
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
 FOR_EVER = ("sh", "-c", "trap 'exit 7' TERM; : > /ready; while :; do sleep 1 & wait; done")
 """Ends at once, with status 7, when it is asked to."""
 
 
-def group(name: str) -> str:
+def group(name: str, key: str = "io.containerd.runc.v2.group") -> str:
     """The flag of `ctr run` that makes containers share a shim."""
-    return f"--annotation=io.containerd.runc.v2.group={name}"
+    return f"--annotation={key}={name}"
 
 
 Outcome = tuple[int, str, str]
@@ -158,7 +160,7 @@ def plain(text: str) -> str:
 def compare(
     node: Node,
     scenario: Callable[[Side], object],
-    others: Iterable[str] = ("grit", "path"),
+    others: Iterable[str] = ("grit",),
 ) -> None:
     """Plays the scenario under the stock shim, then under each other runtime: the outcomes must
     be equal, and nothing may be left behind, but as many directories of fifos as with stock: ctr

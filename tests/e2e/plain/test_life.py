@@ -21,6 +21,7 @@ from tests.e2e.plain.sides import (
     group,
     nothing_left,
 )
+from tests.nodes.node import CONFIG
 
 if TYPE_CHECKING:
     from tests.nodes.node import Node
@@ -61,7 +62,7 @@ def test_containers_outlive_containerd(node: Node, end: str) -> None:
     def short_pid(short: Side) -> int:
         return int((short.bundle() / "init.pid").read_text())
 
-    compare(node, scenario, ["grit"])
+    compare(node, scenario)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -82,7 +83,7 @@ def test_a_shim_that_is_ended(node: Node, which: str, number: int) -> None:
         events.close()
         return outcomes, set(events.seen)
 
-    compare(node, scenario, ["grit"])
+    compare(node, scenario)
 
 
 def test_a_shim_killed_while_containerd_is_down(node: Node) -> None:
@@ -96,18 +97,18 @@ def test_a_shim_killed_while_containerd_is_down(node: Node) -> None:
         side.until_forgotten()
         return side.status(), side.ctr("task", "delete", side.name)
 
-    compare(node, scenario, ["grit"])
+    compare(node, scenario)
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_a_group_shares_one_shim(node: Node, number: int) -> None:
+@pytest.mark.parametrize("key", ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"])
+def test_a_group_shares_one_shim(node: Node, key: str) -> None:
     """Also when its containers are started at the same moment."""
     before = node.leaks()
-    names = [f"member{n}" for n in range(number)]
+    names = [f"member{n}" for n in range(3)]
     members = [Side(node, "grit", name) for name in names]
-    words = [m.run_words(*FOR_EVER, flags=["-d", group("pod")]) for m in members]
+    words = [m.run_words(*FOR_EVER, flags=["-d", group("pod", key)]) for m in members]
     starts = [node.popen(["ctr", *w]) for w in words]
-    assert [start.wait(30) for start in starts] == [0] * number
+    assert [start.wait(30) for start in starts] == [0] * len(names)
     try:
         until("all ready", lambda: all((m.bundle() / "rootfs/ready").exists() for m in members))
         assert len({m.address() for m in members}) == 1
@@ -121,7 +122,7 @@ def test_a_group_shares_one_shim(node: Node, number: int) -> None:
         first.end()
         assert [m.status() for m in others] == ["RUNNING"] * len(others)
         assert others[0].exec("echo", "hello") == (0, "hello\n", "")
-        first.start(flags=[group("pod")])
+        first.start(flags=[group("pod", key)])
         assert first.shim_pid() == others[0].shim_pid()
     finally:
         for member in members:
@@ -144,7 +145,7 @@ def test_a_groups_shim_killed(node: Node, which: str) -> None:
         finally:
             other.end()
 
-    compare(node, scenario, ["grit"])
+    compare(node, scenario)
 
 
 def test_forty_containers_at_once(node: Node) -> None:
@@ -220,3 +221,22 @@ def _kind(text: str) -> str:
     if text.startswith("/run/containerd/"):
         return f"fifo {text.rpartition('/')[2].rpartition('-')[2]}"
     return text.partition(":")[0]
+
+
+def test_a_containerd_that_debugs(node: Node) -> None:
+    """It passes -debug; the shims of containerd 2.x then have a second socket."""
+
+    def scenario(side: Side) -> object:
+        side.start()
+        shims = (side.shim_pid(), side.stock_pid())
+        assert all("-debug" in node.processes()[pid] for pid in shims)
+        return side.exec("echo", "hello"), side.kill(), side.until_stopped()
+
+    before = node.path(CONFIG).read_text()
+    node.stop_containerd()
+    node.start_containerd(before + '[debug]\n  level = "debug"\n')
+    try:
+        compare(node, scenario)
+    finally:
+        node.stop_containerd()
+        node.start_containerd(before)

@@ -42,7 +42,7 @@ def test_run_in_the_foreground(node: Node) -> None:
             side.ctr("task", "ls"),
         ]
 
-    compare(node, scenario)
+    compare(node, scenario, ["grit", "path"])
 
 
 def test_run_that_cannot_start(node: Node) -> None:
@@ -285,7 +285,7 @@ def test_the_task_service_itself(node: Node) -> None:
         outcomes += [side.status()]
         return outcomes
 
-    compare(node, scenario)
+    compare(node, scenario, ["grit", "path"])
 
 
 def test_exec(node: Node) -> None:
