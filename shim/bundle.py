@@ -22,7 +22,8 @@ _GROUPING = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 def read_spec(bundle: str) -> dict[str, Any]:
     """The container's OCI runtime specification, `config.json`.
 
-    Raises OSError if it cannot be read, ValueError if it is not a JSON object.
+    Raises OSError if it cannot be read, ValueError if it is not a JSON object or its annotations
+    are not one.
     """
     import json
 
@@ -34,6 +35,8 @@ def read_spec(bundle: str) -> dict[str, Any]:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(spec, dict):
         raise ValueError(f"{path} is not a JSON object")
+    if not isinstance(spec.get("annotations") or {}, dict):
+        raise ValueError(f"{path}: annotations is not a JSON object")
     return spec
 
 

@@ -82,14 +82,8 @@ def bind(source: str, target: str, *, read_only: bool = True) -> None:
 # --- cgroups ------------------------------------------------------------------------------
 
 
-def hierarchies(version: str) -> dict[str, str]:
-    """The cgroup trees a node of this version has: directory name -> mount options.
-
-    v2: the unified tree alone, at the root (name ""). v1: every v1 tree of the host, with
-    the unified one beside them, as a hybrid host has it.
-    """
-    if version == "v2":
-        return {"": ""}
+def hosts_hierarchies() -> dict[str, str]:
+    """The host's cgroup trees, as a hybrid host shows them: directory name -> mount options."""
     found = {}
     with open("/proc/self/cgroup") as lines:
         for line in lines:
@@ -100,6 +94,18 @@ def hierarchies(version: str) -> dict[str, str]:
                 found[controllers.removeprefix("name=")] = f"none,{controllers}"
             else:
                 found[controllers] = controllers
+    return found
+
+
+def hierarchies(version: str) -> dict[str, str]:
+    """The cgroup trees a node of this version shows: directory name -> mount options.
+
+    v2: the unified tree alone, at the root (name ""). v1: every v1 tree of the host, with
+    the unified one beside them, as a hybrid host has it.
+    """
+    if version == "v2":
+        return {"": ""}
+    found = hosts_hierarchies()
     if set(found) <= {"unified"}:
         raise RuntimeError("this host has no cgroup v1 tree: only cgroup='v2' is possible here")
     return found
@@ -265,7 +271,9 @@ def keep(order: dict[str, Any], answer: int, leash: int) -> None:
     mount("tmpfs", scratch, "tmpfs", 0, "mode=755")
     trees = f"{scratch}/cgroup"
     os.mkdir(trees)
-    points = mount_cgroups(hierarchies(order["cgroup"]), trees)
+    # A cgroup in every tree of the host, also in those that the node does not show: CRIU records
+    # all cgroups below its own, and makes them anew at a restore, other nodes' among them.
+    points = mount_cgroups(hosts_hierarchies(), trees)
     cgroups = [enter_cgroup(point, order["id"]) for point in points.values()]
     flags = CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID
     unshare(flags | (CLONE_NEWNET if order["private_network"] else 0))

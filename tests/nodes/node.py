@@ -239,6 +239,8 @@ class Node:
         if not self.pid:
             raise NodeError(f"node {self.name} is not running")
         cgroups = [str(directory / "init/cgroup.procs") for directory in self._cgroup_roots()]
+        if self.cgroup == "v2":
+            cgroups += map(str, self._hidden_cgroups())
         namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
         if self.network == "private":
             namespaces.append("--net")
@@ -253,6 +255,14 @@ class Node:
         if self.cgroup == "v2":
             return [root]
         return [entry for entry in root.iterdir() if not entry.is_symlink()]
+
+    def _hidden_cgroups(self) -> list[Path]:
+        """Where to enter the node's cgroups in the host's v1 trees, which a v2 node lacks."""
+        assert self._keeper
+        scratch = cache.directory().absolute() / "scratch"
+        trees = Path(f"/proc/{self._keeper.pid}/root{scratch}/cgroup")
+        found = trees.glob(f"*/{self.identity}/cgroup.procs")
+        return [path for path in found if path.parts[-3] != "unified"]
 
     # --- containerd -----------------------------------------------------------------------
 
