@@ -45,7 +45,9 @@ def _listening(path: str) -> bool:
 
 
 def _end_group(home: str) -> None:
-    """Kills and deletes every task of the group, then the inner shim, then the records."""
+    """Ends what dumps a task of the group, every task, then the inner shim, then the records."""
+    for folder in group.tasks(home).values():
+        _end_dump(bundle.init_pid(folder))
     pid = group.living_process(home, "inner")
     if pid:
         try:
@@ -61,6 +63,21 @@ def _end_group(home: str) -> None:
     if inner_address:
         group.unlink(places.socket_of(inner_address))
     group.remove(home)
+
+
+def _end_dump(pid: int) -> None:
+    """Kills the CRIU that has process `pid` in its hands and no shim any more: it would wait for
+    ever for the end of a process that is killed under it, and that process for CRIU."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            tracer = next(int(line.split()[1]) for line in file if line.startswith(b"TracerPid:"))
+        if tracer:
+            from shim.criu_bridge.transport import dumps
+
+            if dumps(tracer, pid):
+                os.kill(tracer, 9)
+    except OSError:
+        pass  # either has ended meanwhile
 
 
 def _end_tasks(home: str) -> None:
