@@ -56,24 +56,30 @@ def restart_containerd(node: Node, sig: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "sig"),
+    ("engine", "moment", "sig"),
     [
-        ("lock", signal.SIGTERM),
-        ("copy", signal.SIGKILL),
-        ("dump", signal.SIGTERM),
-        ("dump", signal.SIGKILL),
-        ("dumped", signal.SIGKILL),
-        ("restore", signal.SIGTERM),
+        ("driver", "lock", signal.SIGTERM),
+        ("driver", "copy", signal.SIGKILL),
+        ("driver", "dump", signal.SIGTERM),
+        ("driver", "dump", signal.SIGKILL),
+        ("plugin", "dump", signal.SIGKILL),
+        ("driver", "dumped", signal.SIGKILL),
+        ("driver", "restore", signal.SIGTERM),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
 )
 def test_containerd_restarted(
-    gpu_node: Place, start_job: StartJob, images: str, moment: str, sig: signal.Signals
+    gpu_node: Place,
+    start_job: StartJob,
+    images: str,
+    engine: str,
+    moment: str,
+    sig: signal.Signals,
 ) -> None:
     """Whoever wanted the checkpoint has gone with containerd, and no Resume comes: the shim itself
     brings the attempt to a good end, and the container back."""
     node, board = gpu_node
-    configure(node)
+    configure(node, engine=engine)
     job, before = start(start_job, node)
     board.fault({"lock": "lock=never", "copy": SLOW, "restore": SLOW}.get(moment, ""))
     client = checkpointing(job, images)
@@ -154,13 +160,19 @@ def test_inner_shim_killed(gpu_node: Place, start_job: StartJob, images: str) ->
 
 
 @pytest.mark.parametrize(
-    ("which", "containerd"), [("outer", "up"), ("outer", "down"), ("both", "up")]
+    ("engine", "which", "containerd"),
+    [
+        ("driver", "outer", "up"),
+        ("driver", "outer", "down"),
+        ("driver", "both", "up"),
+        ("plugin", "outer", "up"),
+    ],
 )
 def test_outer_shim_killed(
-    gpu_node: Place, start_job: StartJob, images: str, which: str, containerd: str
+    gpu_node: Place, start_job: StartJob, images: str, engine: str, which: str, containerd: str
 ) -> None:
     node, _ = gpu_node
-    configure(node)
+    configure(node, engine=engine)
     job, _ = start(start_job, node)
     init = job.pid()
     client = checkpointing(job, images)
