@@ -77,7 +77,7 @@ def test_a_tree_is_suspended_at_once(gpu_node: Place, start_job: StartJob, engin
     board.fault("speed=1000000")
     if engine == "driver":  # CRIU's plugin copies, and one after the other
         until("three copies", lambda: all(anonymous_memory(p) != holders[p] for p in holders))
-        assert board.owners() == held
+        assert holders.keys() <= board.owners().keys()
     assert pause.wait(60) == 0
     assert job.status() == "PAUSED"
     assert board.owners() == ({} if engine == "driver" else held)
