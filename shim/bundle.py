@@ -107,6 +107,16 @@ def criu_config_before(bundle: str, named: str | None) -> str | None:
         return None
 
 
+def init_pid(bundle: str) -> int:
+    """The pid of the container's first process, 0 before its start: `init.pid`, which runc
+    writes for the stock shim (2.1 cmd/containerd-shim-runc-v2/process/init.go)."""
+    try:
+        with open(os.path.join(bundle, "init.pid"), encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
 def work_directory(bundle: str) -> str:
     """The task's directory on disk, for what should outlive the tmpfs of the bundle."""
     return os.path.join(bundle, "work")

@@ -21,6 +21,8 @@ _GRACE = 1.0
 def end(home: str) -> None:
     """Ends what there still is of the group; for one whose inner shim has ended, or is about to,
     that is its records only."""
+    for folder in group.tasks(home).values():
+        _end_dump(bundle.init_pid(folder))
     pid = group.living_process(home, "inner")
     if pid:
         try:
@@ -33,6 +35,21 @@ def end(home: str) -> None:
     for socket in group.sockets(home):
         group.unlink(socket)
     group.remove(home)
+
+
+def _end_dump(pid: int) -> None:
+    """Kills the CRIU that has process `pid` in its hands and no shim any more: it would wait for
+    ever for the end of a process that is killed under it, and that process for CRIU."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            tracer = next(int(line.split()[1]) for line in file if line.startswith(b"TracerPid:"))
+        if tracer:
+            from shim.criu_bridge.transport import dumps
+
+            if dumps(tracer, pid):
+                os.kill(tracer, 9)
+    except OSError:
+        pass  # either has ended meanwhile
 
 
 def _end_tasks(home: str) -> None:

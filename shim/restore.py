@@ -244,12 +244,13 @@ def _explained(container: Container, message: str) -> str:
         return message
     kept = os.path.join(places.FAILURES, f"{container.namespace}-{container.id}-restore.log")
     reason = "; ".join(filter(None, (first_error(text), explain(text))))
+    reason = reason or "CRIU's log shows no error"
     try:
         os.makedirs(places.FAILURES, mode=0o700, exist_ok=True)
         shutil.copyfile(source, kept)
     except OSError as error:
         kept = f"lost ({error.strerror})"
-    return f"{message}; {reason or 'its log shows no error'}; log: {kept}"
+    return f"{message}; {reason}; log: {kept}"
 
 
 def _kill(container: Container) -> str:

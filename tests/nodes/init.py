@@ -1,10 +1,9 @@
 """The two processes that hold a node: a keeper on the host and the node's process 1.
 
 Run as a script by `Node`, which gives it a JSON order and two descriptors. It makes the
-node's namespaces, mounts and cgroups, says `{"pid": N}` on one descriptor when the node
-stands, and takes all of it away when the other descriptor, whose far end only the test
-holds, is closed: a test that is killed leaves nothing behind. It must never touch a mount
-of the host.
+node's namespaces, mounts and cgroups, says on one descriptor when the node stands, and
+takes all of it away when the other descriptor, whose far end only the test holds, is
+closed: a test that is killed leaves nothing behind. It must never touch a mount of the host.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ def bind(source: str, target: str, *, read_only: bool = True) -> None:
 # --- cgroups ------------------------------------------------------------------------------
 
 
-def hosts_hierarchies() -> dict[str, str]:
-    """The host's cgroup trees, as a hybrid host shows them: directory name -> mount options."""
+def host_hierarchies() -> dict[str, str]:
+    """Every cgroup tree of the host: directory name -> mount options."""
     found = {}
     with open("/proc/self/cgroup") as lines:
         for line in lines:
@@ -98,14 +97,14 @@ def hosts_hierarchies() -> dict[str, str]:
 
 
 def hierarchies(version: str) -> dict[str, str]:
-    """The cgroup trees a node of this version shows: directory name -> mount options.
+    """The cgroup trees a node of this version has, as in `host_hierarchies`.
 
     v2: the unified tree alone, at the root (name ""). v1: every v1 tree of the host, with
     the unified one beside them, as a hybrid host has it.
     """
     if version == "v2":
         return {"": ""}
-    found = hosts_hierarchies()
+    found = host_hierarchies()
     if set(found) <= {"unified"}:
         raise RuntimeError("this host has no cgroup v1 tree: only cgroup='v2' is possible here")
     return found
@@ -271,10 +270,11 @@ def keep(order: dict[str, Any], answer: int, leash: int) -> None:
     mount("tmpfs", scratch, "tmpfs", 0, "mode=755")
     trees = f"{scratch}/cgroup"
     os.mkdir(trees)
-    # A cgroup in every tree of the host, also in those that the node does not show: CRIU records
-    # all cgroups below its own, and makes them anew at a restore, other nodes' among them.
-    points = mount_cgroups(hosts_hierarchies(), trees)
-    cgroups = [enter_cgroup(point, order["id"]) for point in points.values()]
+    # All trees of the host, also for a v2 node, which shows one of them: CRIU dumps what it finds
+    # from a process's root down in each, and must not find the other nodes there.
+    points = mount_cgroups(host_hierarchies(), trees)
+    own = {name: enter_cgroup(point, order["id"]) for name, point in points.items()}
+    cgroups = list(own.values())
     flags = CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID
     unshare(flags | (CLONE_NEWNET if order["private_network"] else 0))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -293,7 +293,8 @@ def keep(order: dict[str, Any], answer: int, leash: int) -> None:
         os.waitpid(pid, 0)
         remove(cgroups)
         raise RuntimeError(f"the node's process 1 failed: {said.decode()}")
-    os.write(answer, json.dumps({"pid": pid}).encode())
+    hidden = [path for name, path in own.items() if order["cgroup"] == "v2" and name != "unified"]
+    os.write(answer, json.dumps({"pid": pid, "hidden_cgroups": hidden}).encode())
     os.close(answer)
     select.select([leash], [], [])
     with contextlib.suppress(ProcessLookupError):
