@@ -87,12 +87,18 @@ def missed(container: Container, suspension: Suspension) -> list[int]:
 def require(container: Container, engine_name: str) -> None:
     """Raises LibraryError, with the reason, unless this node can give processes their GPU back by
     the engine that took it: before anything is restored, not after."""
+    choose(container.config, engine_name)
+
+
+def choose(config: GritOptions, engine_name: str) -> str:
+    """The engine that this node would use where `engine_name` ("auto" too) is asked for. Raises
+    LibraryError, with the reason, where it cannot."""
     from shim.cuda import engine
 
-    wanted = policy(container.config)
+    wanted = policy(config)
     wanted.engine = engine_name
-    with _driver(container.config) as driver:
-        engine.choose(wanted, driver.library())
+    with _driver(config) as driver:
+        return engine.choose(wanted, driver.library())
 
 
 def resume_restored(

@@ -55,10 +55,10 @@ def make_room(container: Container, processes: list[Process]) -> None:
         f"container {container.id}: the device memory of {', '.join(map(str, processes))} needs "
         f"{_size(need)} on the host"
     )
-    available = _available()
-    if available < need:
+    free = available()
+    if free < need:
         raise NoRoom(
-            f"{what}, and the node has {_size(available)} available (MemAvailable). Free memory "
+            f"{what}, and the node has {_size(free)} available (MemAvailable). Free memory "
             "on the node, or move the container's neighbours away."
         )
     own = container.memory_group()
@@ -89,9 +89,9 @@ def make_room_for_restore(container: Container, found: Restore, spec: dict[str, 
     The groups above are not looked at: they are not there yet."""
     pages = found.memory_bytes
     what = f"container {container.id}: {found.images} holds {_size(pages)} of memory"
-    available = _available()
-    if available < pages:
-        raise NoRoom(f"{what}, and the node has {_size(available)} available (MemAvailable)")
+    free = available()
+    if free < pages:
+        raise NoRoom(f"{what}, and the node has {_size(free)} available (MemAvailable)")
     memory = ((spec.get("linux") or {}).get("resources") or {}).get("memory") or {}
     limit = memory.get("limit") or 0
     need = sum(copy_bytes(max(p.device_bytes, p.held_bytes or 0)) for p in found.processes)
@@ -176,7 +176,7 @@ def _raise(container: Container, limit: memcg.Limit, need: int) -> None:
     log.info("memory limit raised", id=container.id, at=limit.file, was=limit.value, bytes=raised)
 
 
-def _available() -> int:
+def available() -> int:
     """proc_meminfo(5) MemAvailable, in bytes."""
     with open(_MEMINFO, encoding="ascii") as file:
         for line in file:

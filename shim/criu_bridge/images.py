@@ -23,9 +23,11 @@ from shim.protowire import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TypeVar
 
     M = TypeVar("M", bound=Message)
+    T = TypeVar("T")
 
 _COMMON_MAGIC = 0x54564319
 _SERVICE_MAGIC = 0x55105940
@@ -94,18 +96,18 @@ def parse_inventory(data: bytes) -> Inventory:
     records = _records(data, _INVENTORY_MAGIC)
     if len(records) != 1:
         raise ImageError(f"an inventory has one record, this has {len(records)}")
-    return _decode(Inventory, records[0])
+    return decode(Inventory, records[0])
 
 
 def parse_pstree(data: bytes) -> list[Process]:
     """The content of pstree.img: parents before children. Raises ImageError."""
-    return [_decode(Process, record) for record in _records(data, _COMMON_MAGIC, _PSTREE_MAGIC)]
+    return [decode(Process, record) for record in _records(data, _COMMON_MAGIC, _PSTREE_MAGIC)]
 
 
 def parse_dump_stats(data: bytes) -> DumpStats:
     """The content of stats-dump, which CRIU writes into its work directory. Raises ImageError."""
     records = _records(data, _SERVICE_MAGIC, _STATS_MAGIC)
-    stats = _decode(_Stats, records[0]).dump if records else None
+    stats = decode(_Stats, records[0]).dump if records else None
     if stats is None:
         raise ImageError("no statistics of a dump in it")
     return stats
@@ -113,7 +115,7 @@ def parse_dump_stats(data: bytes) -> DumpStats:
 
 def inventory(images_dir: str) -> Inventory:
     """Raises ImageError where the directory holds no CRIU images."""
-    return parse_inventory(_read(images_dir, "inventory.img"))
+    return _named(images_dir, "inventory.img", parse_inventory)
 
 
 def plugins(images_dir: str) -> list[str] | None:
@@ -124,7 +126,7 @@ def plugins(images_dir: str) -> list[str] | None:
 
 
 def processes(images_dir: str) -> list[Process]:
-    return parse_pstree(_read(images_dir, "pstree.img"))
+    return _named(images_dir, "pstree.img", parse_pstree)
 
 
 def dump_stats(work_dir: str) -> DumpStats:
@@ -153,6 +155,29 @@ def sizes(images_dir: str) -> Sizes:
     )
 
 
+def read_records(images_dir: str, name: str, magic: int) -> list[bytes]:
+    """The records of the image `name`, whose own magic is `magic`. Raises ImageError naming it."""
+    return _named(images_dir, name, lambda data: _records(data, _COMMON_MAGIC, magic))
+
+
+def read(images_dir: str, name: str, kind: type[M], magic: int) -> list[M]:
+    """The same, each record decoded."""
+    return _named(
+        images_dir,
+        name,
+        lambda data: [decode(kind, record) for record in _records(data, _COMMON_MAGIC, magic)],
+    )
+
+
+def _named(directory: str, name: str, parse: Callable[[bytes], T]) -> T:
+    """Errors are about a file: they say which."""
+    data = _read(directory, name)
+    try:
+        return parse(data)
+    except ImageError as err:
+        raise ImageError(f"{os.path.join(directory, name)}: {err}") from err
+
+
 def _records(data: bytes, *magics: int) -> list[bytes]:
     position = 0
     for magic in magics:
@@ -176,7 +201,8 @@ def _u32(data: bytes, position: int) -> tuple[int, int]:
     return int.from_bytes(data[position:end], "little"), end
 
 
-def _decode(kind: type[M], data: bytes) -> M:
+def decode(kind: type[M], data: bytes) -> M:
+    """One record as a message. Raises ImageError."""
     try:
         return kind.decode(data)
     except DecodeError as err:
