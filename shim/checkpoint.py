@@ -197,10 +197,18 @@ def _dump(
 
     try:
         result = client.dump(
-            criu, opts, draft.path, work, on_notify=notified, deadline_s=settings.dump_timeout
+            criu,
+            opts,
+            draft.path,
+            work,
+            on_notify=notified,
+            deadline_s=settings.dump_timeout,
+            cancel=container.begin_dump(),
         )
     except CriuError as error:
         raise CheckpointError(_explained(container, error)) from error
+    finally:
+        container.end_dump()
     log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
 
 

@@ -14,6 +14,7 @@ from shim.cuda.suspension import Process
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.config import GritOptions
+    from shim.criu_bridge.transport import Cancel
     from shim.cuda.suspension import Suspension
     from shim.manifest import Manifest
     from shim.protowire import Message
@@ -59,6 +60,8 @@ class Container:
     is at work on it; State, Pids and Kill never take it."""
 
     __slots__ = (
+        "_dump",
+        "_dump_guard",
         "_freezer",
         "_inner",
         "bundle",
@@ -103,6 +106,8 @@ class Container:
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
         self.raised_limits: dict[str, tuple[int, int]] = {}
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
+        self._dump: Cancel | None = None
+        self._dump_guard = threading.Lock()
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 
@@ -120,6 +125,27 @@ class Container:
 
     def kill(self) -> None:
         self.ask("Kill", messages.KillRequest(id=self.id, signal=9, all=True))
+
+    def begin_dump(self) -> Cancel:
+        """What a Resume stops the dump with that is now beginning; `end_dump` is to follow."""
+        from shim.criu_bridge.transport import Cancel
+
+        with self._dump_guard:
+            self._dump = Cancel()
+            return self._dump
+
+    def end_dump(self) -> None:
+        with self._dump_guard:
+            if self._dump is not None:
+                self._dump.close()
+            self._dump = None
+
+    def give_up_dump(self) -> None:
+        """Has CRIU undo a dump that is under way; its Checkpoint call fails then. Nothing, if
+        there is none, or all of it is written."""
+        with self._dump_guard:
+            if self._dump is not None:
+                self._dump.cancel()
 
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""

@@ -130,6 +130,7 @@ class Tasks:
             return FORWARD
         from shim import checkpoint
 
+        one.give_up_dump()  # a client that resumes in the middle of its dump does not want it
         with one.lock:
             checkpoint.resume(one)
         return b""

@@ -22,14 +22,18 @@ NOT_HERE = 4
 INTERRUPTED = 130
 
 COMMANDS = {
-    "ls": "ls",
-    "show": "show",
-    "verify": "verify",
-    "diff": "diff",
-    "rm": "rm",
-    "prune": "prune",
+    "checkpoint": "checkpoint:command",
+    "restore": "restore:command",
+    "suspend": "suspend:suspend",
+    "resume": "suspend:resume",
+    "ls": "ls:command",
+    "show": "show:command",
+    "verify": "verify:command",
+    "diff": "diff:command",
+    "rm": "rm:command",
+    "prune": "prune:command",
 }
-"""Each subcommand and the module of this package that holds it, in the order help shows them."""
+"""Each subcommand: the module of this package and its function, in the order help shows them."""
 
 
 class Commands(click.Group):
@@ -39,8 +43,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"shim.gritctl.{COMMANDS[cmd_name]}")
-        command: click.Command = module.command
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        found = importlib.import_module(f"shim.gritctl.{module}")
+        command: click.Command = getattr(found, function)
         return command
 
     def resolve_command(
@@ -66,9 +71,11 @@ def gritctl() -> None:
     """Checkpoints of containers, GPU memory included: take them, look at them, restore them.
 
     \b
-    gritctl ls                               what checkpoints there are
-    gritctl show /var/lib/checkpoints/job    what is in one
-    gritctl verify /var/lib/checkpoints/job  whether it is whole, and can be restored here
+    gritctl checkpoint job --to /var/lib/checkpoints/job   save the container job
+    gritctl ls                                             what checkpoints there are
+    gritctl show /var/lib/checkpoints/job                  what is in one
+    gritctl verify /var/lib/checkpoints/job                whether it is whole
+    gritctl restore /var/lib/checkpoints/job --name job2   and bring it back
 
     `gritctl COMMAND --help` explains each by example.
 

@@ -179,6 +179,7 @@ class Call(Generic[R]):
 
 def _explained(error: Any, address: str) -> ContainerdError:
     code, text = error.code().name, error.details() or "no reason given"
+    text = text.removesuffix(": unknown")  # containerd's word for an error without a kind
     if code == "UNAVAILABLE":
         text = f"containerd at {address} does not answer: {text}"
     return ContainerdError(code, text)

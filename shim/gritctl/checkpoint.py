@@ -1,0 +1,78 @@
+"""`gritctl checkpoint`: a container or a pod, saved whole into a directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import click
+
+from shim.gritctl import containerd, output, progress, saving, stored, targets
+from shim.gritctl.cli import FAILED, INTERRUPTED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+@click.command("checkpoint", short_help="save a container or a pod into a directory")
+@click.argument("name", metavar="CONTAINER|POD")
+@click.option("--to", "directory", metavar="DIR", required=True, help="Where to; must not exist.")
+@click.option(
+    "--leave-running/--exit",
+    default=True,
+    show_default="--leave-running",
+    help="What becomes of it afterwards.",
+)
+@containerd.options
+@output.json_option
+def command(
+    name: str, directory: str, leave_running: bool, namespace: str, address: str, as_json: bool
+) -> int:
+    """Save a running container into DIR: its memory, its GPU memory, what it has changed in its
+    root file system, its log and its description. A pod's name, or its sandbox's id, saves all its
+    containers at one instant.
+
+    DIR appears when everything is in it and on the disk. Whatever fails before, and Ctrl-C, leaves
+    no DIR and the workload running.
+
+    \b
+    Examples:
+      gritctl checkpoint job --to /var/lib/checkpoints/job
+      gritctl checkpoint --exit job --to /var/lib/checkpoints/job
+      gritctl checkpoint -n k8s.io trainer-0 --to /var/lib/checkpoints/trainer-0
+      gritctl checkpoint --json job --to /var/lib/checkpoints/job > events
+    """
+    with containerd.Containerd(address, namespace) as connection:
+        found, pod = targets.find(connection, name)
+        parent = os.path.dirname(os.path.abspath(directory))
+        if parent == stored.PLACE:
+            os.makedirs(parent, mode=0o700, exist_ok=True)
+        display = progress.choose(as_json)
+        job = saving.Saving(connection, found, directory, display, pod=pod, end=not leave_running)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        began = time.monotonic()
+        try:
+            job.run()
+        except (saving.SavingError, saving.Interrupted) as error:
+            display.close()
+            if isinstance(display, progress.Json):
+                display.finished(event="failed", error=str(error))
+            click.echo(f"gritctl: {error}", err=True)
+            return INTERRUPTED if isinstance(error, saving.Interrupted) else FAILED
+        finally:
+            display.close()
+    seconds = time.monotonic() - began
+    size = sum(one.bytes() for one in stored.open_all(directory))
+    if isinstance(display, progress.Json):
+        path = os.path.abspath(directory)
+        display.finished(event="done", path=path, bytes=size, seconds=round(seconds, 3))
+    else:
+        print(f"{directory}: {output.size(size)} in {output.seconds(seconds)}")
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
