@@ -273,6 +273,7 @@ def test_a_full_disk(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     job = start_job()
     small = f"{PLACE}/small"
+    node.run(["mkdir", "-p", PLACE])
     with tmpfs(node, small, "2m"):
         text = gritctl(node, "checkpoint", "job", "--to", small, status=1)
         assert "Undone: no checkpoint was made, and job runs on" in text
