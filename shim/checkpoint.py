@@ -1,6 +1,7 @@
 """The life of a Checkpoint call, top to bottom.
 
-    Pause       suspend the GPU (lock; copy device memory to the host), then freeze
+    Pause       look for what stands against it; suspend the GPU (lock; copy device memory to the
+                host), then freeze
     Checkpoint  dump a GPU-free, frozen container through CRIU's RPC
     Resume      thaw, then give the GPU back (restore, unlock)
 
@@ -17,18 +18,31 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, headroom, log, messages, options, places
+from shim import (
+    bundle,
+    checkpoint_dir,
+    devices,
+    gpu,
+    headroom,
+    log,
+    messages,
+    options,
+    places,
+    preflight,
+    proof,
+)
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Service, Swrk
-from shim.cuda import record
+from shim.cuda import limits, record, states
 from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
+    from shim.cuda.suspension import Process
     from shim.runcstate import RunState
 
 CRIU_CONFIG = "grit-criu-dump.conf"
@@ -44,11 +58,11 @@ class CheckpointError(Exception):
 def pause(container: Container, connection: int) -> None:
     """Gives the container's GPU back to the node and freezes it, in this order.
 
-    A container without CUDA processes is only frozen. Raises CudaError, or the inner shim's
-    StatusError, with the container running and its GPU its own.
+    A container without CUDA processes is only frozen. Raises Refused, CudaError, or the inner
+    shim's StatusError, with the container running and its GPU its own.
     """
     if container.suspension is None:
-        _suspend_and_freeze(container)
+        _suspend_and_freeze(container, images=None)
     else:
         container.ask("Pause")  # the stock words for a container that is paused already
     container.paused_by, container.orphanable = connection, False
@@ -60,7 +74,7 @@ def checkpoint(
     """Dumps the container into the image directory the client named; ends it afterwards if the
     client asked for that (`exit`), else leaves it paused if it was, running if it ran.
 
-    Raises CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
+    Raises Refused, CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
     """
     wanted = options.checkpoint_options(request.options)
     target = wanted.image_path or request.path
@@ -70,9 +84,11 @@ def checkpoint(
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            _suspend_and_freeze(container)
+            _suspend_and_freeze(container, images=draft.path)
         container.paused_by, container.orphanable = connection, True
         try:
+            if was_paused:
+                preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted)
         except Exception as failure:
             # A client that paused it has its Resume still to come.
@@ -125,25 +141,28 @@ def abandon(container: Container) -> None:
             )
 
 
-def _suspend_and_freeze(container: Container) -> None:
-    """Locks and copies the CUDA processes, freezes the container, and looks once more: a process
-    that took up CUDA in between would be dumped with the GPU attached."""
-    for _ in range(_ROUNDS):
-        suspension = gpu.suspend(container)
-        try:
-            container.ask("Pause")
-        except BaseException:
+def _suspend_and_freeze(container: Container, images: str | None) -> None:
+    """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
+    looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
+    `images` is where the container is to be dumped, None for a Pause alone."""
+    with gpu.helper(container.config) as driver:
+        preflight.before_suspend(container, driver, images)
+        for _ in range(_ROUNDS):
+            suspension = gpu.suspend(container, driver)
+            try:
+                container.ask("Pause")
+            except BaseException:
+                if suspension:
+                    gpu.resume(container, suspension)
+                raise
+            late = gpu.missed(container, suspension)
+            if not late:
+                container.suspension = suspension or None
+                return
+            log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
+            container.ask("Resume")
             if suspension:
                 gpu.resume(container, suspension)
-            raise
-        late = gpu.missed(container, suspension)
-        if not late:
-            container.suspension = suspension or None
-            return
-        log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
-        container.ask("Resume")
-        if suspension:
-            gpu.resume(container, suspension)
     raise CheckpointError(
         f"container {container.id}: in each of {_ROUNDS} attempts a new CUDA process appeared "
         "between suspending the GPU and freezing; the container runs on unchanged. Try again "
@@ -160,8 +179,10 @@ def _dump(
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
-    if container.suspension is not None and plugin:
-        headroom.make_room(container, container.suspension.processes)  # CRIU copies, as it dumps
+    cuda = container.suspension.processes if container.suspension else []
+    if plugin:
+        headroom.make_room(container, cuda)  # CRIU copies, as it dumps
+    uncopied = proof.memory_of(cuda) if plugin else {}
     work = wanted.work_path or os.path.join(bundle.work_directory(container.bundle), "criu-work")
     os.makedirs(work, mode=0o700, exist_ok=True)
     opts = request.dump_options(
@@ -190,6 +211,7 @@ def _dump(
         if script == "post-dump":
             if plugin:
                 _require_copies(container)
+            proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts, version)
             manifest.phases["dump"] = round(time.monotonic() - began, 6)
             draft.publish(manifest)
@@ -206,7 +228,7 @@ def _dump(
             cancel=container.begin_dump(),
         )
     except CriuError as error:
-        raise CheckpointError(_explained(container, error)) from error
+        raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
     log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
@@ -253,11 +275,14 @@ def _record_path(container: Container) -> str:
 def _require_copies(container: Container) -> None:
     """CRIU's plugin takes any trouble of `cuda-checkpoint` for "no CUDA here" and dumps on without
     the device memory; our command has noted what was really done."""
-    for pid, entry in record.read(_record_path(container))["processes"].items():
-        if entry["state"] != "checkpointed":
+    assert container.suspension is not None
+    noted = record.read(_record_path(container))
+    for process in container.suspension.processes:
+        process.state = record.find(noted, process.pid)["state"]
+        if process.state != states.CHECKPOINTED:
             raise CheckpointError(
-                f"CRIU's CUDA plugin left the device memory of pid {pid} out of the images: the "
-                f"process is {entry['state']}, not checkpointed"
+                f"CRIU's CUDA plugin left the device memory of {process} out of the images: the "
+                f"process is {process.state}, not checkpointed"
             )
 
 
@@ -299,10 +324,13 @@ def _undo(container: Container) -> str:
     return "the container runs on" + (" with its GPU" if had_gpu else "")
 
 
-def _explained(container: Container, error: CriuError) -> str:
+def _explained(container: Container, error: CriuError, copied: list[Process]) -> str:
     """The error for the client in the stock shim's form, first line and the log's path, with
-    the log kept where the stock shim keeps it (1.6 pkg/process/init.go)."""
+    the log kept where the stock shim keeps it (1.6 pkg/process/init.go). `copied` are the
+    processes whose device memory CRIU's plugin was to copy."""
     text = f"container {container.id}: {error}"
+    if "cuda" in (error.first_error or ""):
+        text += "".join(f"; {process}{limits.suspects(process.pid)}" for process in copied)
     if error.log_path:
         kept = os.path.join(container.bundle, "criu-dump.log")
         try:

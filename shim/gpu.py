@@ -26,7 +26,7 @@ PLUGIN_DIRECTORY = "/usr/lib/criu"
 """Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
 
 
-def suspend(container: Container) -> Suspension:
+def suspend(container: Container, driver: Driver) -> Suspension:
     """Takes the GPU from all CUDA processes of a running container, or from none; a false one if
     there are none. Raises CudaError with every process as it was found, or saying which is not.
 
@@ -38,17 +38,16 @@ def suspend(container: Container) -> Suspension:
         return Suspension()
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
-        try:
-            suspension = engine.suspend(
-                container.pids,
-                driver,
-                policy(container.config),
-                before_copy=lambda processes: headroom.make_room(container, processes),
-            )
-        except BaseException:
-            headroom.put_back(container)
-            raise
+    try:
+        suspension = engine.suspend(
+            container.pids,
+            driver,
+            policy(container.config),
+            before_copy=lambda processes: headroom.make_room(container, processes),
+        )
+    except BaseException:
+        headroom.put_back(container)
+        raise
     if suspension:
         log.info(
             "GPU suspended",
@@ -69,7 +68,7 @@ def resume(container: Container, suspension: Suspension) -> None:
     Raises CudaError naming those that have not; may then be called again."""
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
+    with helper(container.config) as driver:
         try:
             engine.resume(suspension, driver, policy(container.config))
         finally:
@@ -97,7 +96,7 @@ def choose(config: GritOptions, engine_name: str) -> str:
 
     wanted = policy(config)
     wanted.engine = engine_name
-    with _driver(config) as driver:
+    with helper(config) as driver:
         return engine.choose(wanted, driver.library())
 
 
@@ -109,7 +108,7 @@ def resume_restored(
     process that does not run."""
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
+    with helper(container.config) as driver:
         restored = engine.resume_restored(
             container.pids,
             expected,
@@ -159,9 +158,9 @@ def policy(config: GritOptions) -> Policy:
 
 
 @contextmanager
-def _driver(config: GritOptions) -> Iterator[Driver]:
-    """A driver helper for the length of one operation. None is kept in between: it would hold
-    19 MB for as long as a container stays paused, and starts in 0.1 s."""
+def helper(config: GritOptions) -> Iterator[Driver]:
+    """A driver helper for the length of one operation, started when it is first asked. None is kept
+    in between: it would hold 19 MB for as long as a container stays paused, and starts in 0.1 s."""
     from shim.cuda.driver import Driver
 
     library = "" if config.libcuda == "libcuda.so.1" else config.libcuda

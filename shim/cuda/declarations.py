@@ -37,13 +37,19 @@ NVML = """
 typedef struct {
     unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance;
 } process_memory;
+typedef struct { unsigned long long total, free, used; } device_memory;
 
 int nvmlInit_v2(void);
 int nvmlShutdown(void);
 const char *nvmlErrorString(int code);
 int nvmlDeviceGetCount_v2(unsigned int *count);
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **device);
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned int length);
+int nvmlDeviceGetMemoryInfo(void *device, device_memory *memory);
+int nvmlDeviceGetMigMode(void *device, unsigned int *now, unsigned int *after_reset);
 int nvmlDeviceGetComputeRunningProcesses_v3(
+    void *device, unsigned int *count, process_memory *processes);
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(
     void *device, unsigned int *count, process_memory *processes);
 """
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 
-from shim.cuda import discovery, states
+from shim.cuda import discovery, limits, states
 from shim.cuda.driver import Answer, Driver, Library
 from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
 from shim.cuda.suspension import Process, Suspension, from_candidate
@@ -282,16 +282,20 @@ class _Suspend:
         return process.state != GONE
 
     def measure(self, process: Process) -> None:
-        """Notes how much device memory it holds: locked, it can take no more."""
+        """Notes how much device memory it holds, and where: locked, it can take no more."""
         try:
-            answer = self.driver.call("memory", process.pid, timeout=ANSWER_SECONDS)
+            survey = self.driver.survey([process.pid], timeout=ANSWER_SECONDS)
         except CudaError as error:  # no reason to give up: it is a question of our own
             process.note = str(error)
             return
-        if answer.ok:
-            process.held_bytes = answer.value
-        else:
-            process.note = answer.name
+        process.held_bytes = survey.used(process.pid)
+        process.gpus = {use.uuid: use.bytes for use in survey.uses if use.bytes is not None}
+        if process.held_bytes is None:
+            process.note = survey.unknown or (
+                "NVML lists it, with its memory as not available"
+                if survey.uses
+                else "NVML does not list it among the processes that use a GPU"
+            )
 
     def copy_until_quiet(self) -> None:
         """Copies what is locked, and what has got CUDA while that was copied."""
@@ -315,6 +319,7 @@ class _Suspend:
             if not answer.ok:
                 raise CudaError(
                     f"{process}: device memory was not copied to the host: {_reason(answer)}"
+                    f"{limits.suspects(process.pid)}"
                 )
             _verify(process, self.driver, states.CHECKPOINTED, "after the copy")
             new = discovery.appeared(before, discovery.anonymous_memory(process.pid))

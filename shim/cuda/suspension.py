@@ -27,8 +27,11 @@ class Process:
     steps: how long each step took: lock, checkpoint, restore, unlock.
     held_bytes: device memory it had in use when it was locked, its contexts' included, by NVML's
         word; None if that is not known (`note` then says why).
+    gpus: the same by GPU, UUID -> bytes, as far as it is known.
     device_bytes, region: size and [start, end) of the memory region that appeared in the process
         while the driver copied: its device memory, on the host. 0 and None if none was seen.
+    image, image_bytes: the file of the checkpoint that holds it, and how much of it was ever
+        written to by the driver and so is there; "" and 0 as long as that is not known.
     note: what is odd about it, or "".
     """
 
@@ -36,7 +39,10 @@ class Process:
         "before",
         "comm",
         "device_bytes",
+        "gpus",
         "held_bytes",
+        "image",
+        "image_bytes",
         "inner",
         "note",
         "pid",
@@ -59,8 +65,11 @@ class Process:
         state: str = "",
         steps: dict[str, Step] | None = None,
         held_bytes: int | None = None,
+        gpus: dict[str, int] | None = None,
         device_bytes: int = 0,
         region: tuple[int, int] | None = None,
+        image: str = "",
+        image_bytes: int = 0,
         note: str = "",
     ) -> None:
         self.pid = pid
@@ -72,8 +81,11 @@ class Process:
         self.state = state
         self.steps = steps if steps is not None else {}
         self.held_bytes = held_bytes
+        self.gpus = gpus if gpus is not None else {}
         self.device_bytes = device_bytes
         self.region = region
+        self.image = image
+        self.image_bytes = image_bytes
         self.note = note
 
     def __str__(self) -> str:

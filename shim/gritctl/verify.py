@@ -173,7 +173,7 @@ def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -
         notes.append(f"made on Linux {manifest.kernel}; here runs {os.uname().release}")
     if contents:
         pages = sum(contents.memory().values())
-        available = headroom.available()
+        available = headroom.memory_available()
         if available < pages:
             found.append(
                 f"it holds {output.size(pages)} of memory, and {output.size(available)} are "

@@ -268,8 +268,9 @@ class SimGpu:
 
         Words, separated by commas: `OP=CODE` and `OP=hang` for OP in getstate, lock, checkpoint,
         restore, unlock; `alloc=CODE`; `lock=never`; `checkpoint=failed`, `restore=failed`,
-        `unlock=failed` (error 304 and the state FAILED); `speed=BYTES_PER_S` for the copies. They
-        replace the words given before; an empty string ends them.
+        `unlock=failed` (error 304 and the state FAILED); `checkpoint=hidden` (a copy that is made,
+        but not in memory of the process's own); `speed=BYTES_PER_S` for the copies. They replace
+        the words given before; an empty string ends them.
         """
         name = "all" if pid is None else self.library.token_of(pid)
         draft = self.directory / "control/.draft"
@@ -279,6 +280,16 @@ class SimGpu:
     def end_faults(self) -> None:
         for entry in (self.directory / "control").iterdir():
             entry.unlink()
+
+    @contextmanager
+    def mode(self, word: str) -> Iterator[None]:
+        """NVML says meanwhile that all processes run on "mig" instances, or as "mps" clients."""
+        file = self.directory / "mode"
+        file.write_text(word)
+        try:
+            yield
+        finally:
+            file.unlink()
 
     @contextmanager
     def faulty(self, words: str, pid: int | None = None) -> Iterator[None]:
