@@ -136,7 +136,7 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     records = _records(data, _COMMON_MAGIC, _PAGEMAP_MAGIC)
     if not records:
         raise ImageError("a pagemap without a head")
-    head = _decode(_PagemapHead, records[0])
+    head = decode(_PagemapHead, records[0])
     low = min((start for start, _ in ranges), default=0)
     high = max((end for _, end in ranges), default=0)
     total = 0
@@ -144,7 +144,7 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
         # There may be tens of thousands, in ascending order, and the process stands still.
         if _first_varint(record) >= high:
             break
-        entry = _decode(_PagemapEntry, record)
+        entry = decode(_PagemapEntry, record)
         start = entry.vaddr or 0
         end = start + (entry.nr_pages or entry.nr_pages_32 or 0) * _PAGE
         if end <= low or not (entry.flags or 0) & _PRESENT:

@@ -136,7 +136,9 @@ class Saving:
             except ContainerdError as error:
                 # containerd 1.7, after a dump that went well, stores an empty archive as content,
                 # and stumbles over the one of an earlier dump (services/tasks/local.go).
-                if error.code != "ALREADY_EXISTS" or not os.path.isdir(images):
+                told = str(error)
+                stumbled = told.startswith("content sha256:") and told.endswith("already exists")
+                if not stumbled or not os.path.isdir(images):
                     raise
         try:
             checkpoint_dir.load(images)

@@ -1,5 +1,5 @@
-"""What is refused before anything is done to a container, with every reason at once; and that a dump
-without the device memory is never published."""
+"""What is refused before anything is done to a container, with every reason at once; and that a
+dump without the device memory is never published."""
 
 from __future__ import annotations
 
