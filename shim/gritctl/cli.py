@@ -26,6 +26,7 @@ COMMANDS = {
     "restore": "restore:command",
     "suspend": "suspend:suspend",
     "resume": "suspend:resume",
+    "doctor": "doctor:command",
     "ls": "ls:command",
     "show": "show:command",
     "verify": "verify:command",
