@@ -31,6 +31,7 @@ COMMANDS = {
     "show": "show:command",
     "verify": "verify:command",
     "diff": "diff:command",
+    "compare": "compare:command",
     "rm": "rm:command",
     "prune": "prune:command",
 }

@@ -25,8 +25,9 @@ _LONG = 8  # files, mounts or sockets shown without --all
 @click.command("show", short_help="what a checkpoint holds")
 @click.argument("directory", metavar="DIR")
 @click.option("--all", "everything", is_flag=True, help="Every open file and mount.")
+@click.option("--plot", "file", metavar="FILE", help="Draw bytes and seconds there, as SVG.")
 @output.json_option
-def command(directory: str, everything: bool, as_json: bool) -> int:
+def command(directory: str, everything: bool, file: str | None, as_json: bool) -> int:
     """Show what the checkpoint in DIR holds: processes, memory by kind, GPU memory, open files,
     sockets, mounts, and what it needs of the node that restores it.
 
@@ -36,6 +37,7 @@ def command(directory: str, everything: bool, as_json: bool) -> int:
     Examples:
       gritctl show /var/lib/checkpoints/job
       gritctl show --all /var/lib/checkpoints/job
+      gritctl show --plot job.svg /var/lib/checkpoints/job
       gritctl show --json /var/lib/checkpoints/job | jq '.containers[].memory'
     """
     if os.path.isfile(directory):
@@ -46,6 +48,10 @@ def command(directory: str, everything: bool, as_json: bool) -> int:
             _print_archive(found)
         return 3 if found.problem or found.wrong else 0
     containers = stored.open_all(directory)
+    if file:
+        from shim.gritctl import compare
+
+        compare.write(file, compare.bars([directory]))
     documents = [describe(one) for one in containers]
     if as_json:
         output.print_json({"path": os.path.abspath(directory), "containers": documents})
