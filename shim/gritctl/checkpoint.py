@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 
 
 @click.command("checkpoint", short_help="save a container or a pod into a directory")
-@click.argument("name", metavar="CONTAINER|POD")
-@click.option("--to", "directory", metavar="DIR", required=True, help="Where to; must not exist.")
+@click.argument("name", metavar="CONTAINER|POD", shell_complete=containerd.complete)
+@click.option(
+    "--to",
+    "directory",
+    metavar="DIR",
+    type=click.Path(),
+    required=True,
+    help="Where to; must not exist, or be empty.",
+)
 @click.option(
     "--leave-running/--exit",
     default=True,
@@ -40,9 +47,9 @@ def command(
     \b
     Examples:
       gritctl checkpoint job --to /var/lib/checkpoints/job
-      gritctl checkpoint --exit job --to /var/lib/checkpoints/job
+      gritctl checkpoint --json job --to /var/lib/checkpoints/job-2 > events
       gritctl checkpoint -n k8s.io trainer-0 --to /var/lib/checkpoints/trainer-0
-      gritctl checkpoint --json job --to /var/lib/checkpoints/job > events
+      gritctl checkpoint --exit job --to /var/lib/checkpoints/job-3
     """
     with containerd.Containerd(address, namespace) as connection:
         found, pod = targets.find(connection, name)

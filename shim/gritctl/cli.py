@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "compare:command",
     "rm": "rm:command",
     "prune": "prune:command",
+    "completion": "completion:command",
 }
 """Each subcommand: the module of this package and its function, in the order help shows them."""
 

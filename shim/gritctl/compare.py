@@ -17,7 +17,7 @@ _WIDE = 40
 
 
 @click.command("compare", short_help="checkpoints side by side, as a picture")
-@click.argument("directories", metavar="DIR...", nargs=-1, required=True)
+@click.argument("directories", metavar="DIR...", type=click.Path(), nargs=-1, required=True)
 @click.option("--plot", "file", metavar="FILE", help="Write the picture there, as SVG.")
 @output.json_option
 def command(directories: tuple[str, ...], file: str | None, as_json: bool) -> int:
@@ -25,7 +25,7 @@ def command(directories: tuple[str, ...], file: str | None, as_json: bool) -> in
 
     \b
     Examples:
-      gritctl compare /var/lib/checkpoints/job-1 /var/lib/checkpoints/job-2
+      gritctl compare /var/lib/checkpoints/job /var/lib/checkpoints/job-1
       gritctl compare --plot jobs.svg /var/lib/checkpoints/job-*
     """
     found = bars(list(directories))

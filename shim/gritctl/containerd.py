@@ -67,6 +67,17 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def complete(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """A shell's completion of a container's id; nothing where containerd is not to be asked."""
+    address = ctx.params.get("address") or os.environ.get("CONTAINERD_ADDRESS") or ADDRESS
+    namespace = ctx.params.get("namespace") or os.environ.get("CONTAINERD_NAMESPACE") or "default"
+    try:
+        with Containerd(address, namespace) as connection:
+            return [one.id for one in connection.containers() if one.id.startswith(begun)]
+    except ContainerdError:
+        return []
+
+
 class Containerd:
     """A connection to the containerd that listens at `address`, within one of its namespaces."""
 

@@ -18,8 +18,8 @@ _PLAIN = (
 
 
 @click.command("diff", short_help="what differs between two checkpoints")
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", type=click.Path())
+@click.argument("second", metavar="B", type=click.Path())
 @output.json_option
 def command(first: str, second: str, as_json: bool) -> int:
     """Show what differs between the checkpoints in A and B: where and with what they were made,
@@ -27,8 +27,8 @@ def command(first: str, second: str, as_json: bool) -> int:
 
     \b
     Examples:
-      gritctl diff /var/lib/checkpoints/job-monday /var/lib/checkpoints/job-tuesday
-      gritctl diff --json A B | jq .memory
+      gritctl diff /var/lib/checkpoints/job /var/lib/checkpoints/job-1
+      gritctl diff --json /var/lib/checkpoints/job /var/lib/checkpoints/job-1 | jq .memory
 
     Exit status: 0 also where they differ.
     """

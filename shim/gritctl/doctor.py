@@ -18,7 +18,9 @@ _MARKS = {PASS: ("ok", "green"), WARN: ("warn", "yellow"), FAIL: ("FAIL", "bold 
 
 
 @click.command("doctor", short_help="whether checkpoints can work on this node")
-@click.argument("name", metavar="[CONTAINER|POD]", required=False)
+@click.argument(
+    "name", metavar="[CONTAINER|POD]", required=False, shell_complete=containerd.complete
+)
 @click.option(
     "--to", "directory", metavar="DIR", default=stored.PLACE, help="Where checkpoints would go."
 )

@@ -8,7 +8,7 @@ from shim.gritctl import output, stored
 
 
 @click.command("ls", short_help="list checkpoints")
-@click.argument("place", default=stored.PLACE)
+@click.argument("place", type=click.Path(), default=stored.PLACE)
 @output.json_option
 def command(place: str, as_json: bool) -> int:
     """List the checkpoints in PLACE and the directories below it (PLACE is

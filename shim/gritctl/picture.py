@@ -53,8 +53,8 @@ def svg(checkpoints: list[Bars]) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-            f'viewBox="0 0 {WIDTH} {height}" font-family="DejaVu Sans, Helvetica, Arial, sans-serif" '
-            'font-size="14">',
+            f'viewBox="0 0 {WIDTH} {height}" font-size="14" '
+            'font-family="DejaVu Sans, Helvetica, Arial, sans-serif">',
             f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
             *parts,
             "</svg>\n",

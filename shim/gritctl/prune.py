@@ -24,7 +24,7 @@ def _duration(ctx: click.Context, param: click.Parameter, text: str | None) -> i
 
 
 @click.command("prune", short_help="remove old checkpoints, keeping some")
-@click.argument("place", default=stored.PLACE)
+@click.argument("place", type=click.Path(), default=stored.PLACE)
 @click.option(
     "--keep-last", type=click.IntRange(0), metavar="N", help="Keep the N newest of each container."
 )

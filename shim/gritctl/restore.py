@@ -39,7 +39,7 @@ class RestoreError(Exception):
 
 
 @click.command("restore", short_help="bring a container back from a checkpoint")
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--name", help="The new container's id; the old one's if not given.")
 @click.option(
     "--annotation",
@@ -64,14 +64,17 @@ def command(
     the image, mounts, devices and options of the old one. It goes on where the old one was.
 
     Every file is checked against its checksum first; each GPU process is checked to run. The image
-    must be on the node. Containers of a pod are brought back by Kubernetes: give the new pod the
-    annotation grit.dev/checkpoint=DIR.
+    must be on the node. The annotation grit.dev/device-map=GPU-old=GPU-new,... names other GPUs,
+    where grit cannot find them out.
+
+    Containers of a pod are brought back by Kubernetes: give the new pod the annotation
+    grit.dev/checkpoint=DIR.
 
     \b
     Examples:
       gritctl restore /var/lib/checkpoints/job
       gritctl restore /var/lib/checkpoints/job --name job2 --log /var/log/job2.log
-      gritctl restore DIR --annotation grit.dev/device-map=GPU-old=GPU-new
+      gritctl restore /var/lib/checkpoints/job --name job3 --annotation example.org/run=7
     """
     notes = dict(_annotation(note) for note in annotations)
     containers = stored.open_all(directory)

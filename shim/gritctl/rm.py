@@ -8,7 +8,7 @@ from shim import checkpoint_dir
 
 
 @click.command("rm", short_help="remove checkpoints")
-@click.argument("directories", metavar="DIR...", nargs=-1, required=True)
+@click.argument("directories", metavar="DIR...", type=click.Path(), nargs=-1, required=True)
 def command(directories: tuple[str, ...]) -> int:
     """Remove the checkpoints in DIR..., damaged or whole. Nothing else: a directory that holds
     anything that is no part of a checkpoint is refused, and left as it is.

@@ -23,7 +23,7 @@ _LONG = 8  # files, mounts or sockets shown without --all
 
 
 @click.command("show", short_help="what a checkpoint holds")
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--all", "everything", is_flag=True, help="Every open file and mount.")
 @click.option("--plot", "file", metavar="FILE", help="Draw bytes and seconds there, as SVG.")
 @output.json_option

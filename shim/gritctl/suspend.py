@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("suspend", short_help="give a container's GPU back to the node")
-@click.argument("name", metavar="CONTAINER|POD")
+@click.argument("name", metavar="CONTAINER|POD", shell_complete=containerd.complete)
 @containerd.options
 @output.json_option
 def suspend(name: str, namespace: str, address: str, as_json: bool) -> int:
@@ -26,7 +26,7 @@ def suspend(name: str, namespace: str, address: str, as_json: bool) -> int:
 
     \b
     Examples:
-      gritctl suspend job && nvidia-smi
+      gritctl suspend job
       gritctl resume job
     """
     with Containerd(address, namespace) as connection:
@@ -50,7 +50,7 @@ def suspend(name: str, namespace: str, address: str, as_json: bool) -> int:
 
 
 @click.command("resume", short_help="let a suspended container go on")
-@click.argument("name", metavar="CONTAINER|POD")
+@click.argument("name", metavar="CONTAINER|POD", shell_complete=containerd.complete)
 @containerd.options
 def resume(name: str, namespace: str, address: str) -> int:
     """Let a suspended container, or all containers of a pod, go on, with its GPU. Also after a

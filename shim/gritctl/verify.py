@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="whether a checkpoint is whole, and can be restored here")
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Compare sizes only: read no file to its end.")
 @click.option("--no-node", is_flag=True, help="Ask nothing about this node.")
 @output.json_option
@@ -39,7 +39,7 @@ def command(directory: str, quick: bool, no_node: bool, as_json: bool) -> int:
     \b
     Examples:
       gritctl verify /var/lib/checkpoints/job
-      gritctl verify --no-node /mnt/backup/job     a copy, on a machine without GPUs
+      gritctl verify --no-node /mnt/checkpoints/job     on a machine without GPUs
       gritctl verify /var/lib/checkpoints/job && gritctl restore /var/lib/checkpoints/job
 
     Exit status: 0 whole and restorable here, 3 damaged, 4 whole but not restorable
