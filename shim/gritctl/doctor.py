@@ -52,9 +52,8 @@ def command(
     width = max(len(line.check) for line in lines)
     for line in lines:
         mark, style = _MARKS[line.status]
-        text = Text(f"{mark:4}  ", style)
-        text.append(f"{line.check:{width}}  {line.found}", "")
-        console.print(text)
+        told = f"{line.check:{width}}  {line.found}"
+        console.print(Text.assemble((f"{mark:4}  ", style), told))
         if line.fix and line.status != PASS:
             console.print(Text(f"{'':{width + 6}}  -> {line.fix}", "cyan"))
     print()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 
+CONFIG = "/etc/containerd/config.toml"
+"""containerd's, unless it was started with another."""
+
 _SHIM = "containerd-shim-grit-v1"
 _RUNTIME = "io.containerd.grit.v1"
 _CHECK_SECONDS = 60.0
@@ -233,20 +236,28 @@ class Daemon:
 
     def configuration(self) -> tuple[dict[str, Any], str]:
         """What containerd runs with, imports and defaults included; or why that is not known."""
-        named = [w.partition("=")[2] for w in self.arguments if w.startswith("--config=")]
-        for index, word in enumerate(self.arguments[:-1]):
+        file = CONFIG
+        for word, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
             if word in ("-c", "--config"):
-                named.append(self.arguments[index + 1])
-        command = [self.program, *(["--config", named[-1]] if named else []), "config", "dump"]
+                file = following
+            elif word.startswith("--config="):
+                file = word.partition("=")[2]
+        command = [self.program, "--config", file, "config", "dump"]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=True
             )
-            return tomllib.loads(done.stdout), ""
+            found = tomllib.loads(done.stdout)
+            # containerd leaves these out of its dump.
+            with open(file, "rb") as own:
+                found["disabled_plugins"] = tomllib.load(own).get("disabled_plugins") or []
+        except FileNotFoundError:
+            return {}, f"there is no {file}"
         except subprocess.CalledProcessError as error:
             return {}, (error.stderr.strip().splitlines() or ["no reason given"])[-1]
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             return {}, str(error)
+        return found, ""
 
 
 def runtime(daemon: Daemon) -> Iterator[Line]:

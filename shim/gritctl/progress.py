@@ -142,7 +142,8 @@ class Bars(Display):
         )
 
     def moved(self, phase: Phase) -> None:
-        done = min(phase.done or 0, phase.total) if phase.total else phase.done
+        # The total is an estimate: what is under way must not look done.
+        done = min(phase.done or 0, phase.total * 99 // 100) if phase.total else phase.done
         self.progress.update(self._tasks[phase], completed=done)
 
     def ended(self, phase: Phase, *, ok: bool) -> None:

@@ -44,19 +44,17 @@ def record(node: Node, *words: str) -> list[tuple[float, str]]:
 def draw(name: str, command: str, text: str) -> None:
     console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
     console.print(Text(f"$ {command}", style="bold"))
-    console.print(Text.from_ansi(text))
+    console.print(Text.from_ansi(text.replace("\r", "")))
     console.save_svg(str(DOCS / name), title="gritctl")
 
 
-def last_screen(frames: list[tuple[float, str]], until: float = 1.0) -> str:
-    """What stands on the screen after that share of the time: rich draws its display anew from its
-    first line, so the last whole drawing is it."""
-    begun, ended = frames[0][0], frames[-1][0]
-    text = "".join(data for at, data in frames if at <= begun + (ended - begun) * until)
+def screens(frames: list[tuple[float, str]]) -> list[str]:
+    """What stood on the screen, one after the other: rich draws its display anew from its first
+    line."""
+    text = "".join(data for _, data in frames)
     drawings = re.split(r"(?:\x1b\[1A\x1b\[2K)+", text.replace("\r", ""))
-    whole = [one for one in drawings if one.strip()]
-    kept = whole[-1] if until == 1.0 else whole[-2]
-    return re.sub(r"\x1b\[\?25[lh]|\x1b\[2K", "", kept).strip("\n")
+    plain = [re.sub(r"\x1b\[\?25[lh]|\x1b\[2K", "", one).strip("\n") for one in drawings]
+    return [one for one in plain if one.strip()]
 
 
 def main() -> int:
@@ -70,8 +68,10 @@ def main() -> int:
         board.fault("speed=120000000")
         command = f"gritctl checkpoint job --to {DIR}"
         frames = record(node, *command.split())
-        draw("gritctl-checkpoint-under-way.svg", command, last_screen(frames, 0.55))
-        draw("gritctl-checkpoint.svg", command, last_screen(frames))
+        every = screens(frames)
+        dumping = [one for one in every if "dump" in one and "rootfs" not in one]
+        draw("gritctl-checkpoint-under-way.svg", command, dumping[len(dumping) // 2])
+        draw("gritctl-checkpoint.svg", command, every[-1])
         show = f"gritctl show {DIR}"
         draw("gritctl-show.svg", show, "".join(data for _, data in record(node, *show.split())))
         node.run(["gritctl", "show", "--plot", "/var/tmp/plot.svg", DIR])
