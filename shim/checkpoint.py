@@ -214,7 +214,9 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts, version)
             manifest.phases["dump"] = round(time.monotonic() - began, 6)
-            draft.publish(manifest)
+            whole = draft.publish(manifest)
+            container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
+            container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
     try:
@@ -231,7 +233,13 @@ def _dump(
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
-    log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
+    log.info(
+        "dumped",
+        id=container.id,
+        phase="dump",
+        seconds=round(result.seconds, 3),
+        exit=wanted.exit,
+    )
 
 
 def _criu(container: Container, plugin: bool) -> Swrk | Service:

@@ -71,12 +71,15 @@ class Container:
         "namespace",
         "orphanable",
         "paused_by",
+        "phases",
         "raised_limits",
         "restore",
         "runc",
         "service",
+        "sizes",
         "suspension",
         "terminal",
+        "trace",
     )
 
     def __init__(
@@ -106,6 +109,12 @@ class Container:
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
         self.raised_limits: dict[str, tuple[int, int]] = {}
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
+        self.trace: dict[str, str] = {}
+        """The trace that the operation under way belongs to, as its caller told it."""
+        self.phases: dict[str, float] = {}
+        """Seconds that each phase of the operation under way, or of the last one, took."""
+        self.sizes: dict[str, int] = {}
+        """Bytes it moved: "device" to the host, "image" to the disk."""
         self._dump: Cancel | None = None
         self._dump_guard = threading.Lock()
         self.restore: Restore | None = None
@@ -115,7 +124,7 @@ class Container:
         """One call to the inner shim about this task. Raises ttrpc.StatusError with the inner's
         words, ttrpc.ConnectionClosed if it has died."""
         message = request if request is not None else messages.TaskRequest(id=self.id)
-        return self._inner.call(self.service, method, message.encode())
+        return self._inner.call(self.service, method, message.encode(), metadata=self.trace)
 
     def status(self) -> int:
         """The task's status as the inner shim sees it (messages.RUNNING, PAUSED, ...)."""

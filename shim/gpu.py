@@ -49,12 +49,16 @@ def suspend(container: Container, driver: Driver) -> Suspension:
         headroom.put_back(container)
         raise
     if suspension:
+        size = sum(process.device_bytes for process in suspension.processes)
+        container.phases["suspend"] = suspension.seconds
+        container.sizes["device"] = size
         log.info(
             "GPU suspended",
             id=container.id,
+            phase="suspend",
             engine=suspension.engine,
             processes=len(suspension.processes),
-            bytes=sum(process.device_bytes for process in suspension.processes),
+            bytes=size,
             seconds=round(suspension.seconds, 3),
         )
     else:
@@ -129,7 +133,8 @@ def _log_resumed(message: str, container: Container, processes: list[Process]) -
         )
         for step in ("restore", "unlock")
     }
-    log.info(message, id=container.id, processes=len(processes), **seconds)
+    container.phases |= {f"gpu_{step}": took for step, took in seconds.items()}
+    log.info(message, id=container.id, phase="resume", processes=len(processes), **seconds)
 
 
 def plugin_directory(config: GritOptions) -> str:

@@ -162,7 +162,11 @@ class Containerd:
 
     def _metadata(self, lease: str) -> list[tuple[str, str]]:
         found = [("containerd-namespace", self.namespace)]
-        return [*found, ("containerd-lease", lease)] if lease else found
+        if lease:
+            found.append(("containerd-lease", lease))
+        # The caller's trace, as programs hand it to those they start.
+        trace = [(key, os.environ.get(key.upper(), "")) for key in ("traceparent", "tracestate")]
+        return found + [(key, value) for key, value in trace if value]
 
 
 class Call(Generic[R]):
