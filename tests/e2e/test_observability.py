@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e import gpu
 from tests.e2e.gpu import configure, until
 from tests.e2e.test_gritctl_stored import gritctl
 
@@ -71,3 +72,23 @@ def test_counters_and_lines(gpu_node: Place, start_job: StartJob) -> None:
 
 def _with(log: str, words: str) -> str:
     return log if words in log else ""
+
+
+def test_a_trace_goes_through_containerd(make_node: Callable[..., Node]) -> None:
+    """containerd 2.1 with its OTLP exporter switched on: what the shim sees is of our trace."""
+    ours = "0af7651916cd43dd8448eb211c80319c"
+    env = {
+        **gpu.ENVIRONMENT_OF_GRIT,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    }
+    node = make_node("forky", binds=gpu.kit_binds(), env=env)
+    board = gpu.gpu_of(node, capacity=16 << 20)
+    configure(node)
+    gpu.Job(node, board, "job").run()
+    done = node.run(
+        ["gritctl", "suspend", "job"], env={"TRACEPARENT": f"00-{ours}-b7ad6b7169203331-01"}
+    )
+    assert "job: frozen" in done.stdout
+    log = until("the log", lambda: _with(node.containerd_log(), "suspend done"))
+    assert re.search(rf"operation=suspend .* trace=00-{ours}-[0-9a-f]{{16}}-01", log)
