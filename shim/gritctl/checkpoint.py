@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 import click
 
 from shim.gritctl import containerd, output, progress, saving, stored, targets
 from shim.gritctl.cli import FAILED, INTERRUPTED
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
+from shim.gritctl.interrupts import Interrupted, Interrupts
 
 
 @click.command("checkpoint", short_help="save a container or a pod into a directory")
@@ -57,18 +53,24 @@ def command(
         if parent == stored.PLACE:
             os.makedirs(parent, mode=0o700, exist_ok=True)
         display = progress.choose(as_json)
-        job = saving.Saving(connection, found, directory, display, pod=pod, end=not leave_running)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
         began = time.monotonic()
         try:
-            job.run()
-        except (saving.SavingError, saving.Interrupted) as error:
+            with Interrupts() as interrupts:
+                saving.Saving(
+                    connection,
+                    found,
+                    directory,
+                    display,
+                    interrupts,
+                    pod=pod,
+                    end=not leave_running,
+                ).run()
+        except (saving.SavingError, Interrupted) as error:
             display.close()
             if isinstance(display, progress.Json):
                 display.finished(event="failed", error=str(error))
             click.echo(f"gritctl: {error}", err=True)
-            return INTERRUPTED if isinstance(error, saving.Interrupted) else FAILED
+            return INTERRUPTED if isinstance(error, Interrupted) else FAILED
         finally:
             display.close()
     seconds = time.monotonic() - began
@@ -79,7 +81,3 @@ def command(
     else:
         print(f"{directory}: {output.size(size)} in {output.seconds(seconds)}")
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

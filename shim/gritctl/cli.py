@@ -11,6 +11,7 @@ import sys
 import click
 
 from shim import __version__
+from shim.gritctl.interrupts import Interrupted
 
 FAILED = 1
 USAGE = 2
@@ -103,6 +104,9 @@ def main() -> int:
     except BrokenPipeError:  # `gritctl ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
+    except Interrupted as error:
+        print(f"gritctl: {error}", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get("GRITCTL_DEBUG"):
             raise

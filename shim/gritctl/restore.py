@@ -22,6 +22,7 @@ from shim.gritctl.containerd import (
     Containerd,
     ContainerdError,
 )
+from shim.gritctl.interrupts import Interrupted, Interrupts
 from shim.gritctl.stored import text
 from shim.restore import ANNOTATION
 
@@ -86,8 +87,8 @@ def command(
     (one,) = containers
     if one.manifest_error and not one.foreign:
         raise RestoreError(one.manifest_error)
-    with Containerd(address, namespace) as connection:
-        made = _Restoring(connection, one, name or one.container, notes, log or "")
+    with Containerd(address, namespace) as connection, Interrupts() as interrupts:
+        made = _Restoring(connection, one, name or one.container, notes, log or "", interrupts)
         pid = made.run()
     if as_json:
         output.print_json({"container": made.id, "pid": pid})
@@ -98,9 +99,16 @@ def command(
 
 class _Restoring:
     def __init__(
-        self, connection: Containerd, one: stored.Stored, id_: str, notes: dict[str, str], log: str
+        self,
+        connection: Containerd,
+        one: stored.Stored,
+        id_: str,
+        notes: dict[str, str],
+        log: str,
+        interrupts: Interrupts,
     ) -> None:
         self.containerd = connection
+        self.interrupts = interrupts
         self.id = id_
         config, error = one.document(checkpoint_dir.CONFIG_DUMP)
         spec, error_ = one.document(checkpoint_dir.SPEC_DUMP)
@@ -145,11 +153,15 @@ class _Restoring:
                 self.containerd.do(TASKS, "Create", task)
                 undo.append((TASKS, "Delete", reference))
                 self.containerd.do(TASKS, "Start", reference)
+            if self.interrupts.came:  # a restore under way is not to be cut short: it ends first
+                raise Interrupted("interrupted")
             started = self.containerd.task(self.id)
-        except BaseException as error:
-            left = self._undo(undo)
-            if isinstance(error, ContainerdError):
-                raise RestoreError(f"{error}. {left}") from error
+        except ContainerdError as error:
+            raise RestoreError(f"{error}. {self._undo(undo)}") from error
+        except Interrupted as error:
+            raise Interrupted(f"{error}. {self._undo(undo)}") from None
+        except BaseException:
+            self._undo(undo)
             raise
         return started.pid if started else 0
 

@@ -28,6 +28,7 @@ from shim.gritctl import containerd as api
 from shim.gritctl import messages as m
 from shim.gritctl import targets
 from shim.gritctl.containerd import ContainerdError
+from shim.gritctl.interrupts import Interrupted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.gritctl.containerd import Call, Containerd
+    from shim.gritctl.interrupts import Interrupts
     from shim.gritctl.progress import Display, Phase
     from shim.gritctl.targets import Target
 
@@ -50,8 +52,8 @@ class SavingError(Exception):
     """No checkpoint was made; the text says why, and what state the workload is in."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP; all was undone, or the text says what was not."""
+class _Stopped(Exception):
+    """A signal has come."""
 
 
 class Saving:
@@ -64,6 +66,7 @@ class Saving:
         found: list[Target],
         directory: str,
         display: Display,
+        interrupts: Interrupts,
         *,
         pod: bool,
         end: bool,
@@ -72,6 +75,7 @@ class Saving:
         self.targets = found
         self.directory = os.path.abspath(directory)
         self.display = display
+        self.interrupts = interrupts
         self.pod = pod
         self.end = end
         self._paused: list[Target] = []  # by us: their Resume is ours
@@ -92,19 +96,24 @@ class Saving:
                 for target in self.targets:
                     self._save_rootfs(target, self._place(draft, target), lease)
                     self._save_files(target, self._place(draft, target))
-                if not self.end:
-                    self._resume()
+                self._go_on_unless_stopped()
+                stuck = "" if self.end else self._resume()
                 with self.display.phase(self._all(), "publish"):
                     draft.publish_whole()
-            except KeyboardInterrupt:
+            except _Stopped:
                 self.display.say("interrupted: undoing; a GPU copy under way has to end first")
                 raise Interrupted(f"interrupted. Undone: {self._undo()}") from None
             except (ContainerdError, CheckpointDirError, SavingError, OSError) as error:
                 raise SavingError(f"{_reason(error)}. Undone: {self._undo()}") from error
+            if stuck:
+                raise SavingError(f"the checkpoint {self.directory} is whole, but {stuck}")
             if self.end:
                 self._end()
         finally:
-            draft.discard()
+            try:
+                draft.discard()
+            except CheckpointDirError as error:  # the images are root's, and we are not
+                self.display.say(str(error))
             if lease:
                 self._end_lease(lease)
 
@@ -115,7 +124,8 @@ class Saving:
         self._paused = [one for one in self.targets if one.task.status == m.RUNNING]
         before = self._anonymous(self._paused)
         with self.display.phase(self._all(), "suspend") as phase:
-            self._pausing = [self._ask("Pause", one) for one in self._paused]
+            for one in self._paused:
+                self._pausing.append(self._ask("Pause", one))
             self._wait(self._pausing, phase, lambda: max(0, self._anonymous(self._paused) - before))
 
     def _dump(self, target: Target, place: str, lease: str) -> None:
@@ -178,6 +188,7 @@ class Saving:
                     file.write(piece)
                     done += len(piece)
                     phase.at(done)
+                    self._go_on_unless_stopped()
         if done != diff.size:
             raise SavingError(f"the diff of container {target} came with {done} of {diff.size} B")
 
@@ -199,10 +210,13 @@ class Saving:
         except OSError as error:
             self.display.say(f"the log {log} was left out: {error.strerror}")
 
-    def _resume(self) -> None:
-        with self.display.phase(self._all(), "resume") as phase:
-            self._wait([self._ask("Resume", one) for one in self._paused], phase, None)
-        self._paused = []
+    def _resume(self) -> str:
+        """Says which containers do not run on and why, "" if all do: what was saved is whole then
+        all the same, and may be all that is left of them."""
+        with self.display.phase(self._all(), "resume"):
+            failed = self._resumed()
+        self._paused, self._pausing = [], []
+        return failed
 
     def _end(self) -> None:
         with self.display.phase(self._all(), "end"):
@@ -226,26 +240,34 @@ class Saving:
 
         A Pause has to come back first: it might reach the shim after our Resume. A dump has not:
         its Resume makes the shim give it up."""
-        for pause in self._pausing:
-            pause.wait()
-        failed = []
-        for target in self._paused:
+        for target, pause in zip(list(self._paused), self._pausing, strict=False):
             try:
-                self._ask("Resume", target).result()
-            except ContainerdError as error:
-                if self._status(target) != m.RUNNING:
-                    failed.append(
-                        f"container {target} could not be resumed: {error}. Try again: gritctl "
-                        f"resume {target.id}"
-                    )
+                pause.result()
+            except ContainerdError:  # the shim has taken it back itself
+                if self._status(target) == m.RUNNING:
+                    self._paused.remove(target)
+        failed = self._resumed()
         if self._dumping:
             self._dumping.wait()
         done = "no checkpoint was made, and "
         if failed:
-            return done + "; ".join(failed)
-        if not self._paused and all(one.task.status == m.PAUSED for one in self.targets):
+            return done + failed
+        if all(one.task.status == m.PAUSED for one in self.targets):
             return f"{done}{self._all()} stays paused, as it was"
         return f"{done}{self._all()} runs on"
+
+    def _resumed(self) -> str:
+        """Resumes all that we paused, at the same time; says what went wrong, "" for nothing."""
+        failed = []
+        for target, call in [(one, self._ask("Resume", one)) for one in self._paused]:
+            try:
+                call.result()
+            except ContainerdError as error:
+                failed.append(
+                    f"container {target} could not be resumed: {_reason(error)}. Try again: "
+                    f"gritctl resume {target.id}"
+                )
+        return "; ".join(failed)
 
     def _status(self, target: Target) -> int:
         try:
@@ -264,15 +286,21 @@ class Saving:
         self, calls: Sequence[Call[Any]], phase: Phase, measure: Callable[[], int] | None
     ) -> None:
         """Until all have come back, telling how far they are. Raises what the first to fail did,
-        but not before the others are back, too."""
+        but not before the others are back, too; _Stopped as soon as a signal has come."""
         for call in calls:
             while not call.wait(_LOOK_SECONDS):
+                self._go_on_unless_stopped()
                 if measure:
                     phase.at(measure())
+        self._go_on_unless_stopped()
         if measure and (done := measure()):
             phase.at(done)
         for call in calls:
             call.result()
+
+    def _go_on_unless_stopped(self) -> None:
+        if self.interrupts.came:
+            raise _Stopped
 
     def _anonymous(self, containers: list[Target]) -> int:
         """Bytes of memory that CRIU will have to write, 0 where we may not know."""

@@ -6,12 +6,17 @@ import click
 
 from shim.gritctl import containerd, output, targets
 from shim.gritctl import messages as m
-from shim.gritctl.containerd import TASKS, Containerd, ContainerdError
+from shim.gritctl.containerd import TASKS, Call, Containerd, ContainerdError
+from shim.gritctl.interrupts import Interrupted, Interrupts
 from shim.gritctl.saving import memory_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.gritctl.targets import Target
+
+
+class SuspendError(Exception):
+    """Not all was suspended, so nothing was; says why."""
 
 
 @click.command("suspend", short_help="give a container's GPU back to the node")
@@ -29,18 +34,30 @@ def suspend(name: str, namespace: str, address: str, as_json: bool) -> int:
       gritctl suspend job
       gritctl resume job
     """
-    with Containerd(address, namespace) as connection:
+    with Containerd(address, namespace) as connection, Interrupts() as interrupts:
         found, _ = targets.find(connection, name)
-        rows = []
         for target in found:
             if target.task.status == m.PAUSED:
                 raise ContainerdError(
                     "FAILED_PRECONDITION", f"container {target} is paused already"
                 )
-            before = _memory(connection, target)
-            connection.do(TASKS, "Pause", m.TaskRef(container_id=target.id))
-            copied = max(0, _memory(connection, target) - before)
-            rows.append((target.id, copied))
+        before = [_memory(connection, target) for target in found]
+        calls = [(target, _begin(connection, "Pause", target)) for target in found]
+        paused, failures = [], []
+        for target, call in calls:
+            try:
+                call.result()
+                paused.append(target)
+            except ContainerdError as error:
+                failures.append(str(error))
+        if failures:
+            raise SuspendError("; ".join([*failures, *_undone(connection, paused)]))
+        if interrupts.came:
+            raise Interrupted("; ".join(["interrupted", *_undone(connection, paused)]))
+        rows = [
+            (target.id, max(0, _memory(connection, target) - size))
+            for target, size in zip(found, before, strict=True)
+        ]
     if as_json:
         output.print_json([{"container": id_, "bytes": copied} for id_, copied in rows])
         return 0
@@ -66,6 +83,22 @@ def resume(name: str, namespace: str, address: str) -> int:
             connection.do(TASKS, "Resume", m.TaskRef(container_id=target.id))
             print(f"{target.id}: runs")
     return 0
+
+
+def _begin(connection: Containerd, method: str, target: Target) -> Call[m.Nothing]:
+    return connection.begin(TASKS, method, m.TaskRef(container_id=target.id), m.Nothing)
+
+
+def _undone(connection: Containerd, paused: list[Target]) -> list[str]:
+    """Resumes those that were paused; a line for each."""
+    lines = []
+    for target in paused:
+        try:
+            _begin(connection, "Resume", target).result()
+            lines.append(f"{target} runs on")
+        except ContainerdError as error:
+            lines.append(f"{target} could not be resumed: {error}")
+    return lines
 
 
 def _memory(connection: Containerd, target: Target) -> int:

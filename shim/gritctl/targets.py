@@ -54,10 +54,11 @@ def find(containerd: Containerd, wanted: str) -> tuple[list[Target], bool]:
     if not found:
         raise ContainerdError("FAILED_PRECONDITION", f"no container of pod {wanted} is running")
     names = [one.name for one in found]
-    if pod and (len(set(names)) < len(names) or "" in names):
+    odd = [name for name in names if name[:1] in ("", ".") or "/" in name]
+    if pod and (len(set(names)) < len(names) or odd):
         raise ContainerdError(
             "FAILED_PRECONDITION",
-            f"the containers of pod {wanted} have no names of their own: {', '.join(names)}",
+            f"the containers of pod {wanted} have no names to tell them by: {', '.join(names)}",
         )
     return found, pod
 

@@ -194,8 +194,8 @@ def test_a_whole_pod(gpu_node: Place, start_job: StartJob, wanted: str) -> None:
 # --- interrupted --------------------------------------------------------------------------
 
 
-def begin(node: Node) -> Process:
-    words = ["gritctl", "checkpoint", "job", "--to", DIR]
+def begin(node: Node, *words: str) -> Process:
+    words = ("gritctl", *(words or ("checkpoint", "job", "--to", DIR)))
     return node.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -247,6 +247,42 @@ def test_interrupted_while_criu_dumps(
     goes_on(job, board, process)
 
 
+def test_interrupted_suspend(gpu_node: Place, start_job: StartJob) -> None:
+    node, board = gpu_node
+    job = start_job()
+    board.fault("speed=2000000")
+    pid, memory = job.pid(), anonymous_memory(job.pid())
+    process = begin(node, "suspend", "job")
+    until("a copy", lambda: anonymous_memory(pid) != memory)
+    interrupt(node)
+    board.end_faults()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; job runs on" in err
+    assert job.status() == "RUNNING"
+    job.next_report()
+
+
+def test_interrupted_restore(gpu_node: Place, start_job: StartJob) -> None:
+    """It ends before it is undone: the job's GPU is on its way back."""
+    node, board = gpu_node
+    job = start_job()
+    gritctl(node, "checkpoint", "job", "--to", DIR)
+    job.end()
+    again = start_job(run=False)
+    board.fault("speed=2000000")
+    process = begin(node, "restore", DIR)
+    until("a container", again.status)
+    interrupt(node)
+    _, err = process.communicate(timeout=60)
+    board.end_faults()
+    assert process.returncode == 130, err
+    assert "interrupted. Nothing of it is left" in err
+    assert again.status() == ""
+    assert "job" not in node.ctr("container", "ls", "-q").stdout.split()
+    assert "job" not in node.ctr("snapshots", "ls").stdout
+    assert board.owners() == {}
+
+
 # --- what goes wrong ----------------------------------------------------------------------
 
 
@@ -266,6 +302,21 @@ def test_failures_leave_it_running(gpu_node: Place, start_job: StartJob) -> None
     assert "it is not empty" in text
     text = gritctl(node, "checkpoint", "job", "--to", "/nowhere/at/all", status=1)
     assert "there is no directory /nowhere/at" in text
+
+
+def test_a_gpu_that_does_not_come_back(gpu_node: Place, start_job: StartJob) -> None:
+    """What was saved is whole, and may be all that is left: it is kept."""
+    node, board = gpu_node
+    job = start_job()
+    before = job.next_report()
+    with board.faulty("restore=failed"):
+        text = gritctl(node, "checkpoint", "job", "--to", DIR, status=1)
+    assert f"the checkpoint {DIR} is whole, but container job could not be resumed" in text
+    gritctl(node, "verify", DIR)
+    job.end()
+    again = start_job(run=False)
+    gritctl(node, "restore", DIR)
+    go_on(before, again.next_report())
 
 
 def test_a_full_disk(gpu_node: Place, start_job: StartJob) -> None:
