@@ -70,7 +70,7 @@ def _lines(
     yield line
     yield from node_checks.criu(options, daemon.path)
     if not no_gpu:
-        yield from node_checks.graphics(options)
+        yield from node_checks.graphics(options, daemon.path)
     yield from node_checks.node(directory)
     yield from node_checks.runtime(daemon)
     try:

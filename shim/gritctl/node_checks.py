@@ -4,6 +4,7 @@ lines of what it found. No check raises, and none changes anything.
 
 from __future__ import annotations
 
+import glob
 import os
 import socket
 import struct
@@ -130,8 +131,8 @@ def plugin(options: GritOptions, engine: str) -> Line:
     return Line("CRIU plugin", PASS, "none, and the driver engine needs none")
 
 
-def graphics(options: GritOptions) -> Iterator[Line]:
-    """The driver, its library, the GPUs, and which engine that makes."""
+def graphics(options: GritOptions, path: str) -> Iterator[Line]:
+    """The driver, its library, the GPUs, and which engine that makes. `path` as for `criu`."""
     version = devices.driver_version()
     engine = ""
     try:
@@ -154,8 +155,7 @@ def graphics(options: GritOptions) -> Iterator[Line]:
     yield library_line
     yield engine_line
     yield plugin(options, engine)
-    if engine == "plugin":
-        yield _cuda_checkpoint(options)
+    yield _cuda_checkpoint(options, path, engine)
     yield _toolkit()
 
 
@@ -382,15 +382,21 @@ def _gpus() -> Line:
     return Line("GPUs", PASS, ", ".join(f"{count} x {name}" for name, count in kinds.items()))
 
 
-def _cuda_checkpoint(options: GritOptions) -> Line:
+def _cuda_checkpoint(options: GritOptions, path: str, engine: str) -> Line:
+    """The command with which CRIU's plugin asks and tells the driver; the driver engine needs none.
+    NVIDIA's, by configuration or on PATH, else ours."""
+    label = "cuda-checkpoint"
     named = options.cuda_checkpoint
     if named and not os.access(named, os.X_OK):
-        return Line("cuda-checkpoint", FAIL, f"{named} cannot be run", "correct cuda_checkpoint")
-    ours = os.path.join(places.commands(), "cuda-checkpoint")
-    found = named or (ours if os.access(ours, os.X_OK) else "")
-    if found:
-        return Line("cuda-checkpoint", PASS, found)
-    return Line("cuda-checkpoint", FAIL, "none", "make install puts ours there")
+        return Line(label, FAIL, f"{named} cannot be run", "correct cuda_checkpoint in grit.toml")
+    on_path = [os.path.join(place, label) for place in path.split(":") if place]
+    ours = os.path.join(places.commands(), label)
+    for candidate in filter(None, (named, *on_path, ours)):
+        if os.access(candidate, os.X_OK):
+            return Line(label, PASS, candidate + " (ours)" * (candidate == ours))
+    if engine == "plugin":
+        return Line(label, FAIL, "none", "make install puts ours there")
+    return Line(label, PASS, "none, and the driver engine needs none")
 
 
 def _toolkit() -> Line:
@@ -453,20 +459,26 @@ def _criu_check(binary: str, environment: dict[str, str]) -> Line:
 
 
 def _criu_configuration() -> Iterator[Line]:
-    for path in ("/etc/criu/default.conf", "/etc/criu/runc.conf"):
+    """CRIU reads default.conf, runc has it read runc.conf; a container may name others."""
+    found = False
+    for path in sorted(glob.glob("/etc/criu/*.conf")):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 kept = [line.split("#")[0].strip() for line in file]
-        except OSError:
+        except OSError as error:
+            yield Line("CRIU's settings", WARN, f"{path} cannot be read: {error.strerror}")
             continue
         lines = [line for line in kept if line]
         if lines:
+            found = True
             yield Line(
-                "CRIU's settings", WARN, f"{path} has: {'; '.join(lines[:6])}",
+                "CRIU's settings",
+                WARN,
+                f"{path} has: {'; '.join(lines[:6])}",
                 "they hold for every dump and restore: look whether they are meant to",
-            )  # fmt: skip
-            return
-    yield Line("CRIU's settings", PASS, "nothing in /etc/criu")
+            )
+    if not found:
+        yield Line("CRIU's settings", PASS, "nothing in /etc/criu/*.conf")
 
 
 def _kernel_version() -> tuple[int, ...]:

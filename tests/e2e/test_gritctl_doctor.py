@@ -106,7 +106,7 @@ def test_a_good_node(gpu_node: Place, start_job: StartJob, engine: str) -> None:
     for check in (
         "kernel", "cgroups", "huge pages", "grit.toml", "CRIU's check", "CRIU's settings", "driver",
         "GPUs", "libcuda", "CRIU plugin", "toolkit", "memory", "disk", "shim", "stock shim", "runc",
-        "runtime", "containerd", "snapshotter",
+        "runtime", "containerd", "snapshotter", "cuda-checkpoint",
     ):  # fmt: skip
         assert check in lines
     assert lines["containerd"]["found"].startswith(".".join(map(str, node.containerd_version)))
