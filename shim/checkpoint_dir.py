@@ -194,6 +194,7 @@ class Draft:
             lines = "".join(f"{sums[name].sha256}  {name}\n" for name in names)
             _write_new(os.path.join(self.path, SUMS), lines.encode("utf-8", "surrogateescape"))
             for name in {os.path.dirname(name) for name in names} | {""}:
+                os.chmod(os.path.join(self.path, name), 0o700)
                 _sync_directory(os.path.join(self.path, name))
             if self._inside:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
@@ -389,8 +390,10 @@ def image_directories(directory: str) -> list[tuple[str, str]]:
     """The image directories of the checkpoint `directory`, as (container's name, path): one with
     the name "" where it is a single container's, one for each container of a pod. Empty if there
     is none. Raises CheckpointDirError if the directory cannot be read."""
-    if os.path.lexists(os.path.join(directory, IMAGES)):
-        return [("", os.path.join(directory, IMAGES))]
+    images = os.path.join(directory, IMAGES)
+    # A pod's container may itself be named "checkpoint".
+    if os.path.lexists(images) and not os.path.isdir(os.path.join(images, IMAGES)):
+        return [("", images)]
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
@@ -511,7 +514,7 @@ def _beside(directory: str) -> list[str]:
     for base, folders, files in os.walk(directory):
         inside = os.path.relpath(base, directory)
         names = files
-        if os.path.basename(base) == IMAGES:
+        if os.path.basename(base) == IMAGES and IMAGES not in folders:
             folders.clear()
             names = [name for name in files if name == MANIFEST]
         folders[:] = [name for name in folders if not _is_partial(name, "")]
