@@ -101,6 +101,7 @@ def start(container: Container) -> bytes:
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
     criu = round(time.monotonic() - began, 3)
+    container.phases["criu_restore"] = criu
     try:
         _thaw(container)
         if found.processes:
@@ -111,7 +112,14 @@ def start(container: Container) -> bytes:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.given, container.restore = found.given, None
-    log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
+    log.info(
+        "restored",
+        id=container.id,
+        phase="criu_restore",
+        images=found.images,
+        engine=found.engine,
+        seconds=criu,
+    )
     return reply
 
 

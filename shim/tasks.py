@@ -7,7 +7,7 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import container, group, log, messages
+from shim import container, group, log, messages, operation
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -89,7 +89,7 @@ class Tasks:
         from shim import restore
 
         with one.lock:
-            return restore.start(one)
+            return operation.run(one, "restore", call.metadata, lambda: restore.start(one))
 
     def _pause(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
@@ -98,7 +98,9 @@ class Tasks:
         from shim import checkpoint
 
         with one.lock:
-            checkpoint.pause(one, call.connection)
+            operation.run(
+                one, "suspend", call.metadata, lambda: checkpoint.pause(one, call.connection)
+            )
         self._check_caller(one, call)
         return b""
 
@@ -111,7 +113,12 @@ class Tasks:
 
         try:
             with one.lock:
-                checkpoint.checkpoint(one, request, call.connection)
+                operation.run(
+                    one,
+                    "checkpoint",
+                    call.metadata,
+                    lambda: checkpoint.checkpoint(one, request, call.connection),
+                )
         finally:
             self._check_caller(one, call)
         return b""
@@ -130,8 +137,9 @@ class Tasks:
             return FORWARD
         from shim import checkpoint
 
+        one.give_up_dump()  # a client that resumes in the middle of its dump does not want it
         with one.lock:
-            checkpoint.resume(one)
+            operation.run(one, "resume", call.metadata, lambda: checkpoint.resume(one))
         return b""
 
     def _delete(self, call: Call) -> bytes | Forward:
