@@ -85,6 +85,13 @@ class Saving:
     def run(self) -> None:
         """Raises SavingError, CheckpointDirError or Interrupted: then there is no checkpoint, and
         the workload runs on, or the text says what does not."""
+        for target in self.targets:
+            if targets.under_grit(target, self.containerd.namespace) is False:
+                raise SavingError(
+                    f"container {target} does not run under grit, but under "
+                    f"{target.container.runtime.name if target.container.runtime else 'nothing'}: "
+                    "start it with the runtime io.containerd.grit.v1. Nothing was done to it"
+                )
         draft = checkpoint_dir.Draft.begin(self.directory)
         lease = ""
         try:

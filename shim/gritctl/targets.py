@@ -6,7 +6,9 @@ annotations and extensions (containerd 1.6 to 2.1, internal/cri/{labels,annotati
 from __future__ import annotations
 
 import json
+import os
 
+from shim import group, places
 from shim.gritctl import messages as m
 from shim.gritctl.containerd import CONTAINERS, Containerd, ContainerdError
 from shim.gritctl.stored import text
@@ -61,6 +63,22 @@ def find(containerd: Containerd, wanted: str) -> tuple[list[Target], bool]:
             f"the containers of pod {wanted} have no names to tell them by: {', '.join(names)}",
         )
     return found, pod
+
+
+def under_grit(target: Target, namespace: str) -> bool | None:
+    """Whether grit runs the container, by the runtime's name or the shims' own records: another
+    name, too, may lead to grit's binary. None where those are only shown to root."""
+    runtime = target.container.runtime
+    if runtime and runtime.name == "io.containerd.grit.v1":
+        return True
+    try:
+        groups = os.listdir(places.RUN)
+        bundles = [group.tasks(os.path.join(places.RUN, one)).get(target.id) for one in groups]
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return None
+    return any(one and os.path.basename(os.path.dirname(one)) == namespace for one in bundles)
 
 
 def spec_of(container: m.Container) -> dict[str, Any]:
