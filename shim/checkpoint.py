@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, headroom, log, messages, options, places
+from shim import bundle, checkpoint_dir, cri, devices, gpu, headroom, log, messages, options, places
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
@@ -260,7 +260,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,
-        image=notes.get("io.kubernetes.cri.image-name", ""),
+        image=cri.image_name(notes),
         runtime="containerd-shim-grit-v1",
         engine=suspension.engine if suspension else "none",
         driver_version=devices.driver_version() if suspension else None,

@@ -27,7 +27,9 @@ __all__ = [
     "ForeignCheckpoint",
     "ManifestError",
     "Problem",
+    "container_log",
     "find_checkpoint",
+    "is_downloaded",
     "load",
     "rootfs_diff",
     "verify",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 IMAGES = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
+CONTAINER_LOG = "container.log"
+DOWNLOADED = "download-state"
 MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
 _PARTIAL = ".grit-partial-"
@@ -322,13 +326,26 @@ def find_checkpoint(directory: str, container_name: str | None) -> str | None:
 
 
 def rootfs_diff(images: str) -> str | None:
-    """`rootfs-diff.tar` beside an image directory, if there is one.
+    """`rootfs-diff.tar` beside an image directory, if there is one."""
+    return _beside(images, ROOTFS_DIFF)
 
-    Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
-    beside them (in /tmp, say) belongs to somebody else.
-    """
+
+def container_log(images: str) -> str | None:
+    """`container.log` beside an image directory, if there is one."""
+    return _beside(images, CONTAINER_LOG)
+
+
+def is_downloaded(directory: str) -> bool:
+    """Whether GRIT's agent has said, by a file, that it has brought a pod's checkpoints here (grit:
+    pkg/gritagent/copy/copy.go)."""
+    return os.path.exists(os.path.join(directory, DOWNLOADED))
+
+
+def _beside(images: str, name: str) -> str | None:
+    """Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
+    beside them (in /tmp, say) belongs to somebody else."""
     parent, base = os.path.split(os.path.abspath(images))
-    path = os.path.join(parent, ROOTFS_DIFF)
+    path = os.path.join(parent, name)
     return path if base == IMAGES and os.path.isfile(path) else None
 
 

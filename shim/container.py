@@ -22,16 +22,23 @@ if TYPE_CHECKING:
 
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), the diff of the root file system that nobody else applies, the driver's map of
-    GPUs, "" for the same ones, and the memory limits to put back: bytes as raised -> before."""
+    tool wrote), the diff of the root file system and the saved log that nobody else puts back, the
+    driver's map of GPUs, "" for the same ones, and the memory limits to put back: bytes as raised
+    -> before."""
 
-    __slots__ = ("device_map", "images", "manifest", "raised_limits", "rootfs_diff")
+    __slots__ = ("device_map", "images", "log", "manifest", "raised_limits", "rootfs_diff")
 
     def __init__(
-        self, images: str, manifest: Manifest | None, rootfs_diff: str | None, device_map: str
+        self,
+        images: str,
+        manifest: Manifest | None,
+        rootfs_diff: str | None,
+        device_map: str,
+        log: str | None = None,
     ) -> None:
         self.device_map = device_map
         self.images = images
+        self.log = log
         self.manifest = manifest
         self.raised_limits: dict[int, int] = {}
         self.rootfs_diff = rootfs_diff

@@ -73,7 +73,7 @@ class Tasks:
         reply = self._relay(call, request.encode())
         if one.restore:
             try:
-                restore.fill_rootfs(one)
+                restore.fill(one)
             except BaseException:
                 one.ask("Delete", messages.ExecRequest(id=one.id))
                 raise

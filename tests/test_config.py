@@ -43,6 +43,7 @@ link_remap = true
 ghost_limit = 67108864
 memory = "raise"
 on_missing_checkpoint = "fail"
+download_timeout = 300
 """
 
 
@@ -83,6 +84,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         ghost_limit=64 << 20,
         memory="raise",
         on_missing_checkpoint="fail",
+        download_timeout=300.0,
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)

@@ -282,6 +282,11 @@ class Pod:
         known = {"": self.sandbox, **self.ids}
         return {name: found[identity] for name, identity in known.items() if identity in found}
 
+    def shim_answers(self) -> bool:
+        """Whether the pod's shim tells of the sandbox."""
+        done = self.node.ctr("-n", NAMESPACE, "task", "metrics", self.sandbox, check=False)
+        return done.returncode == 0
+
     def rootfs(self, name: str) -> Path:
         return self.node.path(f"{TASKS}/{self.ids[name]}/rootfs")
 
