@@ -17,7 +17,19 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, cri, devices, gpu, headroom, log, messages, options, places
+from shim import (
+    bundle,
+    checkpoint_dir,
+    cri,
+    devices,
+    gpu,
+    headroom,
+    log,
+    messages,
+    options,
+    places,
+    volumes,
+)
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
@@ -48,7 +60,7 @@ def pause(container: Container, connection: int) -> None:
     StatusError, with the container running and its GPU its own.
     """
     if container.suspension is None:
-        _suspend_and_freeze(container)
+        suspend_and_freeze(container)
     else:
         container.ask("Pause")  # the stock words for a container that is paused already
     container.paused_by, container.orphanable = connection, False
@@ -70,7 +82,7 @@ def checkpoint(
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            _suspend_and_freeze(container)
+            suspend_and_freeze(container)
         container.paused_by, container.orphanable = connection, True
         try:
             _dump(container, draft, wanted)
@@ -125,12 +137,13 @@ def abandon(container: Container) -> None:
             )
 
 
-def _suspend_and_freeze(container: Container) -> None:
+def suspend_and_freeze(container: Container) -> None:
     """Locks and copies the CUDA processes, freezes the container, and looks once more: a process
     that took up CUDA in between would be dumped with the GPU attached."""
     for _ in range(_ROUNDS):
         suspension = gpu.suspend(container)
         try:
+            container.meet()
             container.ask("Pause")
         except BaseException:
             if suspension:
@@ -182,6 +195,7 @@ def _dump(
         ),
     )
     request.write_descriptors(state, draft.path)
+    volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
     criu = _criu(container, plugin)
     version = ".".join(map(str, client.version(criu)))
     began = time.monotonic()

@@ -96,6 +96,7 @@ class GritOptions(_Settings):
     memory: Literal["refuse", "raise"] = "refuse"
     on_missing_checkpoint: Literal["start", "fail"] = "start"
     download_timeout: float = 60.0  # seconds
+    together_timeout: float = 60.0  # seconds
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -199,6 +200,7 @@ _GRIT: dict[str, Check] = {
     "memory": _one_of("refuse", "raise"),
     "on_missing_checkpoint": _one_of("start", "fail"),
     "download_timeout": _seconds(24 * 3600),
+    "together_timeout": _seconds(24 * 3600),
 }
 
 # Tables at the top level, and a key that containerd leaves in the body it makes of the options.

@@ -13,6 +13,8 @@ from shim.cuda.suspension import Process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.config import GritOptions
     from shim.cuda.suspension import Suspension
     from shim.manifest import Manifest
@@ -61,6 +63,10 @@ class Restore:
         return sum(file.size for name, file in files if name.startswith("pages-"))
 
 
+def _alone() -> None:
+    """No other container is waited for."""
+
+
 class Container:
     """One task of the group. `lock` is held by whichever of Pause, Checkpoint, Resume and Start
     is at work on it; State, Pids and Kill never take it."""
@@ -72,6 +78,7 @@ class Container:
         "config",
         "id",
         "lock",
+        "meet",
         "namespace",
         "orphanable",
         "paused_by",
@@ -81,6 +88,7 @@ class Container:
         "service",
         "suspension",
         "terminal",
+        "together",
     )
 
     def __init__(
@@ -102,6 +110,11 @@ class Container:
         self.runc = runc
         self.config = config
         self.lock = threading.Lock()
+        self.meet: Callable[[], None] = _alone
+        """Called between suspension and freeze: waits for the other containers of the pod, where
+        they are paused together."""
+        self.together = False
+        """Whether that is so: the pod is annotated `grit.dev/together`."""
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
         self.paused_by: int | None = None

@@ -26,6 +26,11 @@ def container_name(notes: dict[str, str]) -> str | None:
     return notes.get(_NAME)
 
 
+def sandbox_id(notes: dict[str, str]) -> str:
+    """The id of the pod's sandbox, "" outside of CRI."""
+    return notes.get(_SANDBOX, "")
+
+
 def image_name(notes: dict[str, str]) -> str:
     """The image's name, "" outside of CRI."""
     return notes.get(_IMAGE, "")
@@ -38,7 +43,7 @@ def log_file(container_bundle: str, notes: dict[str, str]) -> str | None:
     container's. In it the kubelet names logs `<container>/<attempt>.log`, and the newest attempt is
     the one being created.
     """
-    name, sandbox = container_name(notes), notes.get(_SANDBOX)
+    name, sandbox = container_name(notes), sandbox_id(notes)
     if not name or not sandbox:
         return None
     try:

@@ -71,17 +71,20 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     return found
 
 
-def fill(container: Container) -> None:
-    """Puts back the root file system's diff and the log's lines, after the inner shim has mounted
-    the one and CRI has opened the other, and before any process writes there. Only for restores by
+def fill(container: Container, filled_volumes: set[str]) -> None:
+    """Puts back the pod's volumes, unless another of its containers has (`filled_volumes`), the
+    root file system's diff and the log's lines, after the inner shim has mounted the one and CRI
+    has opened the other, and before any process writes there. Diff and log only for restores by
     annotation: other clients do it themselves. Raises rootfs_diff.DiffError."""
-    from shim import rootfs_diff
+    from shim import rootfs_diff, volumes
 
     found = container.restore
-    if found and found.rootfs_diff:
+    assert found is not None
+    volumes.put_back(bundle.read_spec(container.bundle), found.images, filled_volumes)
+    if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
         rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
-    if found and found.log:
+    if found.log:
         _fill_log(container, found.log)
 
 

@@ -44,6 +44,7 @@ ghost_limit = 67108864
 memory = "raise"
 on_missing_checkpoint = "fail"
 download_timeout = 300
+together_timeout = 120
 """
 
 
@@ -85,6 +86,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         memory="raise",
         on_missing_checkpoint="fail",
         download_timeout=300.0,
+        together_timeout=120.0,
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)

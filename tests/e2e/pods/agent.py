@@ -4,17 +4,18 @@ and how it brings that to another node. Nothing here knows which shim is underne
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING
 
 from shim import messages
 from tests.e2e.pods.kubelet import NAMESPACE
-from tests.e2e.pods.services import Services
+from tests.e2e.pods.services import ServiceError, Services
 from tests.nodes.node import SOCKET
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from tests.e2e.pods.kubelet import Pod
@@ -23,23 +24,37 @@ if TYPE_CHECKING:
 PAUSED = 4
 
 
-def checkpoint_pod(pod: Pod, directory: str, names: Iterable[str] = ()) -> None:
-    """Every container of the pod, one after the other, into `<directory>/<name>`."""
-    tasks = Services(pod.node.path(SOCKET), "containerd.proto", NAMESPACE)
+@contextlib.contextmanager
+def tasks_of(node: Node) -> Iterator[Services]:
+    """The node's task service, for CRI's namespace."""
+    tasks = Services(node.path(SOCKET), "containerd.proto", NAMESPACE)
     try:
-        for name in names or pod.ids:
-            _checkpoint_container(tasks, pod, name, directory)
+        yield tasks
     finally:
         tasks.close()
 
 
-def _checkpoint_container(tasks: Services, pod: Pod, name: str, directory: str) -> None:
+def checkpoint_pod(
+    pod: Pod, directory: str, names: Iterable[str] = (), exiting: Iterable[str] = ()
+) -> None:
+    """Every container of the pod, one after the other, into `<directory>/<name>`. GRIT's agent lets
+    all run on; those named in `exiting` are to end, as its migration would have it."""
+    with tasks_of(pod.node) as tasks:
+        for name in names or pod.ids:
+            _checkpoint_container(tasks, pod, name, directory, name in exiting)
+
+
+def _checkpoint_container(
+    tasks: Services, pod: Pod, name: str, directory: str, exiting: bool
+) -> None:
     identity = pod.ids[name]
     work = f"{directory}/{name}-work"
     os.makedirs(pod.node.path(work), mode=0o755)
     tasks("Pause", container_id=identity)
     try:
-        options = messages.CheckpointOptions(image_path=f"{work}/checkpoint", work_path=work)
+        options = messages.CheckpointOptions(
+            exit=exiting, image_path=f"{work}/checkpoint", work_path=work
+        )
         # containerd's client looks before it pauses, and leaves a paused task to its pauser.
         assert tasks("Get", container_id=identity).process.status == PAUSED
         any_options = {"type_url": messages.CHECKPOINT_OPTIONS, "value": options.encode()}
@@ -51,7 +66,10 @@ def _checkpoint_container(tasks: Services, pod: Pod, name: str, directory: str) 
             pod.node.run(["sh", "-c", diff])
         shutil.copy(pod.node.path(pod.log_path(name)), pod.node.path(f"{work}/container.log"))
     finally:
-        tasks("Resume", container_id=identity)
+        try:
+            tasks("Resume", container_id=identity)
+        except ServiceError:
+            assert exiting  # nobody is there to resume, and the agent only logs that
     os.rename(pod.node.path(work), pod.node.path(f"{directory}/{name}"))
 
 

@@ -120,7 +120,9 @@ def test_download_is_awaited(kubelet: Kubelet, pod: MakePod, directory: str) -> 
     one = pod("late", {"main": COUNT}).run()
     gpu.until("some lines", lambda: len(one.log("main")) > 5)
     agent.checkpoint_pod(one, directory)
+    saved = node.path(f"{directory}/main/container.log").read_text().splitlines()
     one.remove()
+    node.path(f"{directory}/main").rename(node.path(f"{directory}-elsewhere"))
 
     notes = annotated(directory, **{"grit.dev/restore-name": "saved"})
     again = pod("late", {"main": COUNT, "other": SLEEP}, annotations=notes).run_sandbox()
@@ -131,11 +133,12 @@ def test_download_is_awaited(kubelet: Kubelet, pod: MakePod, directory: str) -> 
     gpu.until("Create", lambda: node.path(f"{task}/config.json").exists())
     assert again.shim_answers()
     assert again.status("main").state == kubelets.CREATED
+    node.path(f"{directory}-elsewhere").rename(node.path(f"{directory}/main"))
     agent.say_downloaded(node, directory)
     starting.join(60)
     assert again.status("main").state == kubelets.RUNNING
-    gpu.until("more lines", lambda: len(again.log("main")) > 6)
-    assert again.log("main")[0] == "line 0"
+    text = node.path(again.log_path("main")).read_text().splitlines()
+    assert text[: len(saved)] == saved  # restored, not begun anew
 
 
 def test_download_that_does_not_end(kubelet: Kubelet, pod: MakePod, directory: str) -> None:
