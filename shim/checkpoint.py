@@ -22,6 +22,7 @@ from shim import (
     checkpoint_dir,
     cri,
     devices,
+    fit,
     gpu,
     headroom,
     log,
@@ -175,7 +176,9 @@ def _dump(
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
     if container.suspension is not None and plugin:
         headroom.make_room(container, container.suspension.processes)  # CRIU copies, as it dumps
-    work = wanted.work_path or os.path.join(bundle.work_directory(container.bundle), "criu-work")
+    for_cri = cri.checkpoint_directory(container.bundle, container.id)
+    ours = for_cri or os.path.join(bundle.work_directory(container.bundle), "criu-work")
+    work = wanted.work_path or ours
     os.makedirs(work, mode=0o700, exist_ok=True)
     opts = request.dump_options(
         state,
@@ -215,6 +218,9 @@ def _dump(
         )
     except CriuError as error:
         raise CheckpointError(_explained(container, error)) from error
+    if work == for_cri:
+        for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
+            shutil.copy(os.path.join(work, name), os.path.dirname(work))
     log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
 
 
@@ -269,7 +275,8 @@ def _require_copies(container: Container) -> None:
 
 def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     suspension = container.suspension
-    notes = bundle.annotations_of(bundle.read_spec(container.bundle))
+    spec = bundle.read_spec(container.bundle)
+    notes = bundle.annotations_of(spec)
     system = os.uname()
     return Manifest(
         container_id=container.id,
@@ -282,6 +289,8 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         criu_version=criu,
         kernel=system.release,
         hostname=system.nodename,
+        cpu=fit.cpu(),
+        mounts=sorted(fit.bind_mounts(spec)),
         options={
             "tcp_established": bool(opts.tcp_established),
             "ext_unix_sockets": bool(opts.ext_unix_sk),

@@ -36,6 +36,18 @@ def image_name(notes: dict[str, str]) -> str:
     return notes.get(_IMAGE, "")
 
 
+def checkpoint_directory(container_bundle: str, container_id: str) -> str | None:
+    """Where CRI's CheckpointContainer looks for CRIU's log and statistics, None outside of CRI.
+
+    It tells only a runtime named runc (2.1 internal/cri/server/container_checkpoint_linux.go), and
+    looks in the directory above it before containerd 2.1.9.
+    """
+    root = os.path.realpath(bundle.work_directory(container_bundle))  # <root>/<plugin>/<ns>/<id>
+    root = os.path.normpath(os.path.join(root, "../../.."))
+    directory = os.path.join(root, "io.containerd.grpc.v1.cri/containers", container_id)
+    return os.path.join(directory, "ctrd-checkpoint") if os.path.isdir(directory) else None
+
+
 def log_file(container_bundle: str, notes: dict[str, str]) -> str | None:
     """The log that CRI has opened for a container about to be created, None if it has none.
 

@@ -43,7 +43,8 @@ class Manifest:
 
     `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
     `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
-    carried here; `phases` gives the seconds each took.
+    carried here; `phases` gives the seconds each took. `cpu` is what `fit.cpu` says, empty where it
+    is not known; `mounts` are the places in the container that the node's files were mounted at.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Manifest:
         options: dict[str, bool | int | str],
         cuda_processes: list[dict[str, object]],
         phases: dict[str, float],
+        cpu: dict[str, str] | None = None,
+        mounts: list[str] | None = None,
         created: str = "",
         files: dict[str, File] | None = None,
     ) -> None:
@@ -78,6 +81,8 @@ class Manifest:
         self.options = options
         self.cuda_processes = cuda_processes
         self.phases = phases
+        self.cpu = cpu or {}
+        self.mounts = mounts or []
         self.created = created
         self.files = files or {}
 
@@ -108,6 +113,8 @@ class Manifest:
             "criu": self.criu_version,
             "kernel": self.kernel,
             "hostname": self.hostname,
+            "cpu": self.cpu,
+            "mounts": self.mounts,
             "options": self.options,
             "cuda_processes": self.cuda_processes,
             "phases": self.phases,
@@ -143,6 +150,8 @@ class Manifest:
             criu_version=document.text("criu"),
             kernel=document.text("kernel"),
             hostname=document.text("hostname"),
+            cpu=_read_cpu(document),
+            mounts=document.texts("mounts") if "mounts" in document.value else [],
             options=document.table("options").scalars(),
             cuda_processes=[process.value for process in document.tables("cuda_processes")],
             phases=document.table("phases").numbers(),
@@ -172,6 +181,12 @@ class _Reader:
 
     def text_or_null(self, key: str) -> str | None:
         return None if self.get(key, right="a string or null") is None else self.text(key)
+
+    def texts(self, key: str) -> list[str]:
+        value = self.get(key, right="an array of strings")
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "must be an array of strings")
+        return value
 
     def time(self, key: str) -> str:
         import datetime
@@ -231,6 +246,14 @@ def _read_json(data: bytes, where: str) -> dict[str, object]:
     if not isinstance(document, dict):
         raise ManifestError(f"{where}: must hold a JSON object")
     return document
+
+
+def _read_cpu(document: _Reader) -> dict[str, str]:
+    """Absent or empty where it was not known."""
+    if not document.value.get("cpu"):
+        return {}
+    table = document.table("cpu")
+    return {key: table.text(key) for key in ("architecture", "model", "instructions")}
 
 
 def _read_files(table: _Reader) -> dict[str, File]:

@@ -3,8 +3,8 @@
     Create   find the image directory, waiting for its download if need be, verify it, tell CRIU's
              options to the inner shim's `runc restore` the only way it listens (a configuration
              file named by an annotation), and put the root file system's diff and the log in place
-    Start    the inner shim restores the processes; then each CUDA process gets its GPU back and
-             is asked whether it runs
+    Start    the inner shim restores the processes, whose pod gets its host name back; then each
+             CUDA process gets its GPU back and is asked whether it runs
 
 CRIU reports success even where the CUDA side failed, so nothing is believed here that the driver
 has not said itself. A restore that fails leaves nothing running and its log behind.
@@ -16,7 +16,19 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, cri, devices, gpu, headroom, log, messages, places
+from shim import (
+    bundle,
+    checkpoint_dir,
+    cri,
+    devices,
+    fit,
+    gpu,
+    headroom,
+    log,
+    messages,
+    places,
+    uts,
+)
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
@@ -51,8 +63,8 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
-    config.json to match. Raises CheckpointDirError, RestoreError or headroom.NoRoom with nothing
-    created.
+    config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError or
+    headroom.NoRoom with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff, saved_log = create.checkpoint, None, None
@@ -62,6 +74,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
             return None
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
     manifest = _verified(images)
+    fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, _device_map(manifest, spec), saved_log)
     if found.processes:
         _require_engine(container, found)
@@ -116,12 +129,14 @@ def start(container: Container) -> bytes:
     found = container.restore
     assert found is not None
     began = time.monotonic()
+    names = uts.wanted(bundle.read_spec(container.bundle))
     try:
         reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
     criu = round(time.monotonic() - began, 3)
     try:
+        uts.give(names, messages.StartResponse.decode(reply).pid)
         _thaw(container)
         if found.processes:
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)

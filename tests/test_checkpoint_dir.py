@@ -123,6 +123,8 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
         "criu",
         "kernel",
         "hostname",
+        "cpu",
+        "mounts",
         "options",
         "cuda_processes",
         "phases",

@@ -34,9 +34,9 @@ def kubelet_on(name: str, *, subnet: int = 1, **options: Any) -> Iterator[Kubele
     with installed_node(name, **options) as node:
         refresh(node)
         node.start_containerd(kubelets.configure(node, subnet=subnet), env=env)
-        kubelets.import_images(node)
         kubelet = Kubelet(node, gpu.gpu_of(node, capacity=64 << 20))
         assert kubelet.runs(), node.containerd_log()[-4000:]
+        kubelet.import_images()
         yield kubelet
         kubelet.cri.close()
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 IMAGE = gpu.IMAGE
 PAUSE = reference("local/pause", "1")
+PAUSE_COMMAND = ("/bin/sleep", "2147483647")
 NAMESPACE = "k8s.io"
 TASKS = f"/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}"
 CREATED, RUNNING, EXITED = range(3)
@@ -107,13 +108,6 @@ def configure(node: Node, *, subnet: int = 1, runtimes: bool = True) -> str:
     return config
 
 
-def import_images(node: Node) -> None:
-    """The images that pods are made of, for CRI's namespace."""
-    pause = build_image("local/pause", "1", {}, command=("/bin/sleep", "2147483647"))
-    for tar in (pause, build_image("local/busybox", "1", {})):
-        node.import_image(tar, namespace=NAMESPACE)
-
-
 def _write(node: Node, path: str, text: str) -> None:
     node.path(path).parent.mkdir(parents=True, exist_ok=True)
     node.path(path).write_text(text)
@@ -144,6 +138,21 @@ class Kubelet:
             return bool(self.cri("Version").runtime_name)
         except ServiceError:
             return False
+
+    def import_images(self) -> None:
+        """The images that pods are made of."""
+        self.import_image(build_image("local/pause", "1", {}, command=PAUSE_COMMAND), PAUSE)
+        self.import_image(build_image("local/busybox", "1", {}), IMAGE)
+
+    def import_image(self, tar: Path, reference: str) -> None:
+        """Brings an image as a pull does: known to CRI, by its name and by its id."""
+        self.node.import_image(tar, namespace=NAMESPACE)
+        identity = gpu.until("the image", lambda: self._image(reference))
+        self.node.ctr("-n", NAMESPACE, "image", "tag", "--force", reference, identity)
+
+    def _image(self, reference: str) -> str:
+        images = self.cri("ListImages").images
+        return next((str(image.id) for image in images if reference in image.repo_tags), "")
 
     def pods(self) -> list[str]:
         return [item.id for item in self.cri("ListPodSandbox").items]
