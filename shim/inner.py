@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NAME = "containerd-shim-runc-v2"
 
+_LAUNCHER_BYTES = 4096  # more than our command has; two programs that agree in them are one
+
 
 class InnerError(Exception):
     """The stock shim is missing or refused to start."""
@@ -33,12 +35,22 @@ def find(publish_binary: str = "") -> str:
     folders += [folder for folder in os.environ.get("PATH", "").split(":") if folder]
     for folder in folders:
         candidate = os.path.join(folder, NAME)
-        if os.access(candidate, os.X_OK):
+        if os.access(candidate, os.X_OK) and not _is_grit(candidate):
             return candidate
     raise InnerError(
         f"{NAME} not found in {':'.join(folders) or 'an empty PATH'}: grit runs containers "
         "through containerd's stock shim; install it (Debian: package containerd)"
     )
+
+
+def _is_grit(binary: str) -> bool:
+    """Whether it is ourselves, as a link or a copy: grit may go by the stock shim's name, first
+    in PATH, and would start itself for ever."""
+    try:
+        with open(binary, "rb") as file, open(sys.argv[0], "rb") as ours:
+            return file.read(_LAUNCHER_BYTES) == ours.read(_LAUNCHER_BYTES)
+    except OSError:
+        return False
 
 
 def start(

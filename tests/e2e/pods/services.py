@@ -42,11 +42,13 @@ def _services(proto: str) -> list[ServiceDescriptor]:
 
 class Services:
     """A connection to the socket at `path` of this host, and the methods of all services in
-    `proto`. `namespace` is containerd's, for its own services."""
+    `proto`. `namespace` is containerd's, for its own services, `lease` what keeps its garbage
+    collector away from what is made."""
 
-    def __init__(self, path: Path, proto: str, namespace: str = "") -> None:
+    def __init__(self, path: Path, proto: str, namespace: str = "", lease: str = "") -> None:
         self._channel = grpc.insecure_channel(f"unix://{path}")
-        self._metadata = [("containerd-namespace", namespace)] if namespace else []
+        given = {"containerd-namespace": namespace, "containerd-lease": lease}
+        self._metadata = [(key, value) for key, value in given.items() if value]
         self._methods = {}
         for service in _services(proto):
             for method in service.methods:
