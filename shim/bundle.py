@@ -13,6 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+RESTORE_CONFIG = "grit-criu.conf"  # CRIU's configuration of a restore, named by an annotation
+BASE_CONFIG = "grit-criu.base"  # the path of the one that the annotation named before, or nothing
+
 _GROUPING = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 
 
@@ -87,6 +90,18 @@ def address_in(answer: str) -> str:
         return str(json.loads(answer).get("address", ""))
     except (ValueError, AttributeError):
         return ""
+
+
+def criu_config_before(bundle: str, named: str | None) -> str | None:
+    """The CRIU configuration file that a container's annotation named at first, where `named` is
+    what it names now: of a restored container our own, whose lines are for that restore alone."""
+    if named != os.path.join(bundle, RESTORE_CONFIG):
+        return named
+    try:
+        with open(os.path.join(bundle, BASE_CONFIG), encoding="utf-8") as file:
+            return file.read() or None
+    except FileNotFoundError:
+        return None
 
 
 def work_directory(bundle: str) -> str:

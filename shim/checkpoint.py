@@ -1,6 +1,7 @@
 """The life of a Checkpoint call, top to bottom.
 
-    Pause       suspend the GPU (lock; copy device memory to the host), then freeze
+    Pause       look for what stands against it; suspend the GPU (lock; copy device memory to the
+                host), then freeze
     Checkpoint  dump a GPU-free, frozen container through CRIU's RPC
     Resume      thaw, then give the GPU back (restore, unlock)
 
@@ -25,23 +26,27 @@ from shim import (
     fit,
     gpu,
     headroom,
+    injected,
     log,
     messages,
     options,
     places,
+    preflight,
+    proof,
     volumes,
 )
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Service, Swrk
-from shim.cuda import record
+from shim.cuda import limits, record, states
 from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
+    from shim.cuda.suspension import Process
     from shim.runcstate import RunState
 
 CRIU_CONFIG = "grit-criu-dump.conf"
@@ -57,11 +62,11 @@ class CheckpointError(Exception):
 def pause(container: Container, connection: int) -> None:
     """Gives the container's GPU back to the node and freezes it, in this order.
 
-    A container without CUDA processes is only frozen. Raises CudaError, or the inner shim's
-    StatusError, with the container running and its GPU its own.
+    A container without CUDA processes is only frozen. Raises Refused, CudaError, or the inner
+    shim's StatusError, with the container running and its GPU its own.
     """
     if container.suspension is None:
-        suspend_and_freeze(container)
+        suspend_and_freeze(container, images=None)
     else:
         container.ask("Pause")  # the stock words for a container that is paused already
     container.paused_by, container.orphanable = connection, False
@@ -73,7 +78,7 @@ def checkpoint(
     """Dumps the container into the image directory the client named; ends it afterwards if the
     client asked for that (`exit`), else leaves it paused if it was, running if it ran.
 
-    Raises CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
+    Raises Refused, CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
     """
     wanted = options.checkpoint_options(request.options)
     target = wanted.image_path or request.path
@@ -83,9 +88,11 @@ def checkpoint(
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            suspend_and_freeze(container)
+            suspend_and_freeze(container, images=draft.path)
         container.paused_by, container.orphanable = connection, True
         try:
+            if was_paused:
+                preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted)
         except Exception as failure:
             # A client that paused it has its Resume still to come.
@@ -112,7 +119,9 @@ def resume(container: Container) -> None:
     CudaError or the inner shim's StatusError.
     """
     if container.suspension is None or container.status() == messages.PAUSED:
+        began = time.monotonic()
         container.ask("Resume")
+        log.info("thawed", id=container.id, seconds=_since(began))
     if container.suspension is not None:
         gpu.resume(container, container.suspension)
     container.forget_pause()
@@ -138,26 +147,33 @@ def abandon(container: Container) -> None:
             )
 
 
-def suspend_and_freeze(container: Container) -> None:
-    """Locks and copies the CUDA processes, freezes the container, and looks once more: a process
-    that took up CUDA in between would be dumped with the GPU attached."""
-    for _ in range(_ROUNDS):
-        suspension = gpu.suspend(container)
-        try:
-            container.meet()
-            container.ask("Pause")
-        except BaseException:
+def suspend_and_freeze(container: Container, images: str | None) -> None:
+    """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
+    looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
+    `images` is where the container is to be dumped, None for a Pause alone."""
+    with gpu.helper(container.config) as driver:
+        preflight.before_suspend(container, driver, images)
+        for _ in range(_ROUNDS):
+            suspension = gpu.suspend(container, driver)
+            began = time.monotonic()
+            try:
+                container.meet()
+                container.ask("Pause")
+            except BaseException:
+                if suspension:
+                    gpu.resume(container, suspension)
+                raise
+            late = gpu.missed(container, suspension)
+            if not late:
+                container.suspension = suspension or None
+                container.phases = {"freeze": _since(began)}
+                if suspension:
+                    container.phases["suspend"] = round(suspension.seconds, 6)
+                return
+            log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
+            container.ask("Resume")
             if suspension:
                 gpu.resume(container, suspension)
-            raise
-        late = gpu.missed(container, suspension)
-        if not late:
-            container.suspension = suspension or None
-            return
-        log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
-        container.ask("Resume")
-        if suspension:
-            gpu.resume(container, suspension)
     raise CheckpointError(
         f"container {container.id}: in each of {_ROUNDS} attempts a new CUDA process appeared "
         "between suspending the GPU and freezing; the container runs on unchanged. Try again "
@@ -174,8 +190,10 @@ def _dump(
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
-    if container.suspension is not None and plugin:
-        headroom.make_room(container, container.suspension.processes)  # CRIU copies, as it dumps
+    cuda = container.suspension.processes if container.suspension else []
+    if plugin:
+        headroom.make_room(container, cuda)  # CRIU copies, as it dumps
+    uncopied = proof.memory_of(cuda) if plugin else {}
     for_cri = cri.checkpoint_directory(container.bundle, container.id)
     ours = for_cri or os.path.join(bundle.work_directory(container.bundle), "criu-work")
     work = wanted.work_path or ours
@@ -207,8 +225,9 @@ def _dump(
         if script == "post-dump":
             if plugin:
                 _require_copies(container)
+            proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts, version)
-            manifest.phases["dump"] = round(time.monotonic() - began, 6)
+            manifest.phases["dump"] = _since(began)
             draft.publish(manifest)
         return True
 
@@ -217,7 +236,7 @@ def _dump(
             criu, opts, draft.path, work, on_notify=notified, deadline_s=settings.dump_timeout
         )
     except CriuError as error:
-        raise CheckpointError(_explained(container, error)) from error
+        raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
             shutil.copy(os.path.join(work, name), os.path.dirname(work))
@@ -252,7 +271,8 @@ def _write_criu_config(container: Container, state: RunState, plugin: bool) -> s
     own or runc's file says, but for the plugins. A `libdir` there, as an administrator sets for
     the stock path, would have CRIU's CUDA plugin ask about processes that stand still."""
     libdir = gpu.plugin_directory(container.config) if plugin else criu_config.NO_PLUGINS
-    text = criu_config.file_text([("libdir", libdir)], request.default_config_file(state))
+    base = bundle.criu_config_before(container.bundle, request.default_config_file(state))
+    text = criu_config.file_text([("libdir", libdir)], base)
     path = os.path.join(container.bundle, CRIU_CONFIG)
     bundle.replace(path, text, mode=0o600)
     return path
@@ -265,19 +285,24 @@ def _record_path(container: Container) -> str:
 def _require_copies(container: Container) -> None:
     """CRIU's plugin takes any trouble of `cuda-checkpoint` for "no CUDA here" and dumps on without
     the device memory; our command has noted what was really done."""
-    for pid, entry in record.read(_record_path(container))["processes"].items():
-        if entry["state"] != "checkpointed":
+    assert container.suspension is not None
+    noted = record.read(_record_path(container))
+    for process in container.suspension.processes:
+        process.state = record.find(noted, process.pid)["state"]
+        if process.state != states.CHECKPOINTED:
             raise CheckpointError(
-                f"CRIU's CUDA plugin left the device memory of pid {pid} out of the images: the "
-                f"process is {entry['state']}, not checkpointed"
+                f"CRIU's CUDA plugin left the device memory of {process} out of the images: the "
+                f"process is {process.state}, not checkpointed"
             )
 
 
 def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     suspension = container.suspension
-    spec = bundle.read_spec(container.bundle)
-    notes = bundle.annotations_of(spec)
+    notes = bundle.annotations_of(bundle.read_spec(container.bundle))
     system = os.uname()
+    state = container.runc_state()
+    mounts, device_files = injected.recorded(container, state)
+    gpus = container.given or devices.of_running(state.init_process_pid) if suspension else []
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,
@@ -285,12 +310,11 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         runtime="containerd-shim-grit-v1",
         engine=suspension.engine if suspension else "none",
         driver_version=devices.driver_version() if suspension else None,
-        gpus=devices.of_running(container.runc_state().init_process_pid) if suspension else [],
+        gpus=[{"uuid": one["uuid"], "name": one["name"]} for one in gpus],
         criu_version=criu,
         kernel=system.release,
         hostname=system.nodename,
         cpu=fit.cpu(),
-        mounts=sorted(fit.bind_mounts(spec)),
         options={
             "tcp_established": bool(opts.tcp_established),
             "ext_unix_sockets": bool(opts.ext_unix_sk),
@@ -300,8 +324,14 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         cuda_processes=[process.to_dict() for process in suspension.processes]
         if suspension
         else [],
-        phases={"suspend": round(suspension.seconds, 6)} if suspension else {},
+        mounts=mounts,
+        devices=device_files,
+        phases=dict(container.phases),
     )
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 6)
 
 
 def _undo(container: Container) -> str:
@@ -314,10 +344,13 @@ def _undo(container: Container) -> str:
     return "the container runs on" + (" with its GPU" if had_gpu else "")
 
 
-def _explained(container: Container, error: CriuError) -> str:
+def _explained(container: Container, error: CriuError, copied: list[Process]) -> str:
     """The error for the client in the stock shim's form, first line and the log's path, with
-    the log kept where the stock shim keeps it (1.6 pkg/process/init.go)."""
+    the log kept where the stock shim keeps it (1.6 pkg/process/init.go). `copied` are the
+    processes whose device memory CRIU's plugin was to copy."""
     text = f"container {container.id}: {error}"
+    if "cuda" in (error.first_error or ""):
+        text += "".join(f"; {process}{limits.suspects(process.pid)}" for process in copied)
     if error.log_path:
         kept = os.path.join(container.bundle, "criu-dump.log")
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 
+from shim import digests
 from shim.manifest import (
     INVENTORY,
     MANIFEST,
@@ -34,14 +35,6 @@ __all__ = [
     "rootfs_diff",
     "verify",
 ]
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from io import FileIO
-    from typing import TypeVar
-
-    T = TypeVar("T")
 
 IMAGES = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
@@ -132,7 +125,7 @@ class Draft:
         begun = time.monotonic()
         try:
             names = self._checked_names()
-            files = dict(zip(names, _in_threads(names, self._seal), strict=True))
+            files = self._seal(names)
             whole = Manifest(
                 **{
                     **vars(manifest),
@@ -198,13 +191,22 @@ class Draft:
             raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
         return sorted(names)
 
-    def _seal(self, name: str) -> File:
-        """Digest, mode and sync of one file. hashlib lets other threads run meanwhile."""
-        with open(os.path.join(self.path, name), "rb", buffering=0) as file:
-            os.fchmod(file.fileno(), 0o600)
-            found = _digest(file)
-            os.fsync(file.fileno())
-        return found
+    def _seal(self, names: list[str]) -> dict[str, File]:
+        """Mode, sync, size and digest of every file, at the same time."""
+        paths = {name: _sized(os.path.join(self.path, name)) for name in names}
+
+        def sync() -> None:
+            for path, _ in paths.values():
+                with open(path, "rb", buffering=0) as file:
+                    os.fchmod(file.fileno(), 0o600)
+                    os.fsync(file.fileno())
+
+        sealed = {}
+        for name, found in digests.take(paths, also=[sync]).items():
+            if isinstance(found, OSError):
+                raise found
+            sealed[name] = File(paths[name][1], found)
+        return sealed
 
     def _move_up(self, names: list[str]) -> None:
         """Publishing within `final`: what marks a checkpoint goes last, its manifest at the end."""
@@ -281,20 +283,15 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
     except OSError as error:
         raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
 
-    def compare(name: str) -> Problem | None:
-        try:
-            with open(os.path.join(directory, name), "rb", buffering=0) as file:
-                found = _digest(file)
-        except OSError as error:
-            return Problem(name, "checksum", f"cannot be read: {error.strerror}")
-        expected = manifest.files[name]
-        if found == expected:
-            return None
-        text = f"has SHA-256 {found.sha256}; the manifest says {expected.sha256}"
-        return Problem(name, "checksum", text)
-
     if contents:
-        problems += [found for found in _in_threads(intact, compare) if found is not None]
+        paths = {n: (os.path.join(directory, n), manifest.files[n].size) for n in intact}
+        for name, found in digests.take(paths).items():
+            right = manifest.files[name].sha256
+            if isinstance(found, OSError):
+                problems.append(Problem(name, "checksum", f"cannot be read: {found.strerror}"))
+            elif found != right:
+                text = f"has SHA-256 {found}; the manifest says {right}"
+                problems.append(Problem(name, "checksum", text))
     return sorted(problems, key=lambda problem: problem.name)
 
 
@@ -368,44 +365,8 @@ def _no_manifest(directory: str) -> ManifestError:
     )
 
 
-def _in_threads(names: list[str], work: Callable[[str], T]) -> list[T]:
-    """`work` done for every name, several at a time; raises what the first failure raised.
-
-    (concurrent.futures would do, and import `logging` into the daemon.)
-    """
-    import threading
-
-    results: dict[str, T] = {}
-    failures: list[BaseException] = []
-    waiting = list(names)
-
-    def run() -> None:
-        while not failures:
-            try:
-                name = waiting.pop()  # one step under the interpreter's lock
-            except IndexError:
-                return
-            try:
-                results[name] = work(name)
-            except BaseException as error:
-                failures.append(error)
-
-    workers = min(len(names), len(os.sched_getaffinity(0)), 16)
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return [results[name] for name in names]
-
-
-def _digest(file: FileIO) -> File:
-    import hashlib
-
-    digest = hashlib.file_digest(file, "sha256")
-    return File(file.tell(), digest.hexdigest())
+def _sized(path: str) -> tuple[str, int]:
+    return path, os.stat(path, follow_symlinks=False).st_size
 
 
 def _write_new(path: str, data: bytes) -> None:

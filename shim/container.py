@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from shim.config import GritOptions
     from shim.cuda.suspension import Suspension
+    from shim.devices import Gpu
     from shim.manifest import Manifest
     from shim.protowire import Message
     from shim.ttrpc import Client
@@ -25,20 +26,20 @@ if TYPE_CHECKING:
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
     tool wrote), the diff of the root file system and the saved log that nobody else puts back, the
-    driver's map of GPUs, "" for the same ones, and the memory limits to put back: bytes as raised
-    -> before."""
+    GPUs the container is given, the driver's map from the old ones to these, "" for the same ones,
+    and the memory limits to put back: bytes as raised -> before."""
 
-    __slots__ = ("device_map", "images", "log", "manifest", "raised_limits", "rootfs_diff")
+    __slots__ = ("device_map", "given", "images", "log", "manifest", "raised_limits", "rootfs_diff")
 
     def __init__(
         self,
         images: str,
         manifest: Manifest | None,
         rootfs_diff: str | None,
-        device_map: str,
         log: str | None = None,
     ) -> None:
-        self.device_map = device_map
+        self.device_map = ""
+        self.given: list[Gpu] = []
         self.images = images
         self.log = log
         self.manifest = manifest
@@ -76,12 +77,14 @@ class Container:
         "_inner",
         "bundle",
         "config",
+        "given",
         "id",
         "lock",
         "meet",
         "namespace",
         "orphanable",
         "paused_by",
+        "phases",
         "raised_limits",
         "restore",
         "runc",
@@ -117,12 +120,16 @@ class Container:
         """Whether that is so: the pod is annotated `grit.dev/together`."""
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
+        self.phases: dict[str, float] = {}
+        """Seconds that each step of the last suspension and freeze took, for the manifest."""
         self.paused_by: int | None = None
         """The connection whose Pause has not met its Resume."""
         self.orphanable = False
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
         self.raised_limits: dict[str, tuple[int, int]] = {}
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
+        self.given: list[Gpu] = []
+        """The GPUs a restored container was given; in its /dev are those of its first life, too."""
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 

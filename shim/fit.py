@@ -1,5 +1,6 @@
 """Whether a checkpoint can be restored on this node and in this container, found out before
-anything of it is created: CPU, kernel, driver, mounts. (GPUs are devices.py's to match.)
+anything of it is created: CPU, kernel, driver, sources of mounts. (devices.py matches GPUs,
+injected.py mounts.)
 
 Processes found out at their start what the CPU can do, and never ask again: on a CPU that lacks it
 they die at some later time, of an illegal instruction. Only what is known to differ is told.
@@ -49,20 +50,11 @@ def cpu() -> dict[str, str]:
     }
 
 
-def bind_mounts(spec: dict[str, Any]) -> dict[str, str]:
-    """The mounts of a specification that come from the node: destination -> source."""
-    return {
-        str(mount.get("destination")): str(mount.get("source"))
-        for mount in spec.get("mounts") or []
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or ())
-    }
-
-
 def require(container: Container, spec: dict[str, Any], images: str, made: Manifest | None) -> None:
     """Raises Mismatch unless the images fit; only logs where `on_mismatch` is "warn"."""
     problems = _sources(spec)
     if made is not None:
-        problems += [*_node(made), *_mounts(made, spec)]
+        problems += _node(made)
     if not problems:
         return
     made_on = f", made on {made.hostname}," if made else ""
@@ -98,21 +90,15 @@ def _node(made: Manifest) -> list[str]:
     return problems
 
 
-def _mounts(made: Manifest, spec: dict[str, Any]) -> list[str]:
-    lacking = set(made.mounts) - bind_mounts(spec).keys()
-    if not lacking:
-        return []
-    return [
-        f"they have mounts that the container to be restored lacks: {', '.join(sorted(lacking))}"
-    ]
-
-
 def _sources(spec: dict[str, Any]) -> list[str]:
-    return [
-        f"the source {source} of the mount {destination} is not there"
-        for destination, source in bind_mounts(spec).items()
-        if source.startswith("/") and not os.path.exists(source)
-    ]
+    problems = []
+    for mount in spec.get("mounts") or []:
+        source = str(mount.get("source", ""))
+        bound = mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or ())
+        if bound and source.startswith("/") and not os.path.exists(source):
+            place = mount.get("destination")
+            problems.append(f"the source {source} of the mount {place} is not there")
+    return problems
 
 
 def _release(text: str) -> tuple[int, int]:

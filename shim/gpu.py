@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
     from shim.config import GritOptions
     from shim.container import Container
-    from shim.cuda.driver import Driver
+    from shim.cuda.driver import Driver, Library
     from shim.cuda.engine import Policy
+    from shim.cuda.survey import Survey
     from shim.cuda.suspension import Process, Suspension
 
 PLUGIN_DIRECTORY = "/usr/lib/criu"
 """Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
 
 
-def suspend(container: Container) -> Suspension:
+def suspend(container: Container, driver: Driver) -> Suspension:
     """Takes the GPU from all CUDA processes of a running container, or from none; a false one if
     there are none. Raises CudaError with every process as it was found, or saying which is not.
 
@@ -38,17 +39,26 @@ def suspend(container: Container) -> Suspension:
         return Suspension()
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
-        try:
-            suspension = engine.suspend(
-                container.pids,
-                driver,
-                policy(container.config),
-                before_copy=lambda processes: headroom.make_room(container, processes),
+    try:
+        suspension = engine.suspend(
+            container.pids,
+            driver,
+            policy(container.config),
+            before_copy=lambda processes: headroom.make_room(container, processes),
+        )
+    except BaseException:
+        headroom.put_back(container)
+        raise
+    for pid, problem in suspension.forked.items():
+        if problem:
+            log.warning(
+                "a forked process keeps its parent's GPU files, and CRIU will not dump it",
+                id=container.id,
+                pid=pid,
+                reason=problem,
             )
-        except BaseException:
-            headroom.put_back(container)
-            raise
+        else:
+            log.info("a forked process was freed of its parent's GPU", id=container.id, pid=pid)
     if suspension:
         log.info(
             "GPU suspended",
@@ -69,7 +79,7 @@ def resume(container: Container, suspension: Suspension) -> None:
     Raises CudaError naming those that have not; may then be called again."""
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
+    with helper(container.config) as driver:
         try:
             engine.resume(suspension, driver, policy(container.config))
         finally:
@@ -84,15 +94,17 @@ def missed(container: Container, suspension: Suspension) -> list[int]:
     return [one.pid for one in engine.missed(suspension, container.pids())]
 
 
-def require(container: Container, engine_name: str) -> None:
-    """Raises LibraryError, with the reason, unless this node can give processes their GPU back by
-    the engine that took it: before anything is restored, not after."""
+def require(container: Container, engine_name: str) -> tuple[Library, Survey]:
+    """What this node's driver can and has; raises LibraryError, with the reason, unless it can give
+    processes their GPU back by the engine that took it: before anything is restored, not after."""
     from shim.cuda import engine
 
     wanted = policy(container.config)
     wanted.engine = engine_name
-    with _driver(container.config) as driver:
-        engine.choose(wanted, driver.library())
+    with helper(container.config) as driver:
+        library = driver.library()
+        engine.choose(wanted, library)
+        return library, driver.survey([], timeout=engine.ANSWER_SECONDS)
 
 
 def resume_restored(
@@ -103,7 +115,7 @@ def resume_restored(
     process that does not run."""
     from shim.cuda import engine
 
-    with _driver(container.config) as driver:
+    with helper(container.config) as driver:
         restored = engine.resume_restored(
             container.pids,
             expected,
@@ -153,9 +165,9 @@ def policy(config: GritOptions) -> Policy:
 
 
 @contextmanager
-def _driver(config: GritOptions) -> Iterator[Driver]:
-    """A driver helper for the length of one operation. None is kept in between: it would hold
-    19 MB for as long as a container stays paused, and starts in 0.1 s."""
+def helper(config: GritOptions) -> Iterator[Driver]:
+    """A driver helper for the length of one operation, started when it is first asked. None is kept
+    in between: it would hold 19 MB for as long as a container stays paused, and starts in 0.1 s."""
     from shim.cuda.driver import Driver
 
     library = "" if config.libcuda == "libcuda.so.1" else config.libcuda

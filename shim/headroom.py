@@ -33,12 +33,36 @@ class NoRoom(Exception):
     """The copy would not fit; nothing was copied. The text says where and what to do."""
 
 
+def lack(container: Container, processes: list[Process]) -> str:
+    """Why a copy of these processes' device memory does not fit on the host, "" if it fits or can
+    be made to. Changes nothing; a process whose device memory is not known counts as nothing."""
+    need = _need(processes)
+    if not need:
+        return ""
+    what = f"the device memory of {', '.join(map(str, processes))} needs {size(need)} on the host"
+    available = _available()
+    if available < need:
+        return (
+            f"{what}, and the node has {size(available)} available (MemAvailable). Free memory "
+            "on the node, or move the container's neighbours away"
+        )
+    short = [limit for limit in _limits(container) if limit.free < need]
+    above = [limit for limit in short if limit.group != container.memory_group()]
+    if above:
+        return (
+            f"{what}; {_room(above[0])}, a control group above the container's that is not ours "
+            "to raise. Raise the limit of the pod or slice"
+        )
+    if short and container.config.memory == "refuse":
+        return f'{what}; {_room(short[0])}. Raise the limit, or set memory = "raise" under [grit]'
+    return ""
+
+
 def make_room(container: Container, processes: list[Process]) -> None:
     """Checks that these locked processes' device memory fits on the host, or makes it fit.
 
     A process whose device memory is not known counts as nothing, which is logged. Raises NoRoom,
     or OSError if the limit cannot be raised; `put_back` is to follow then as after a Resume."""
-    need = 0
     for process in processes:
         if process.held_bytes is None:
             log.warning(
@@ -47,38 +71,16 @@ def make_room(container: Container, processes: list[Process]) -> None:
                 pid=process.pid,
                 reason=process.note,
             )
-        else:
-            need += copy_bytes(process.held_bytes)
-    if not need:
-        return
-    what = (
-        f"container {container.id}: the device memory of {', '.join(map(str, processes))} needs "
-        f"{_size(need)} on the host"
-    )
-    available = _available()
-    if available < need:
-        raise NoRoom(
-            f"{what}, and the node has {_size(available)} available (MemAvailable). Free memory "
-            "on the node, or move the container's neighbours away."
-        )
-    own = container.memory_group()
-    limits = memcg.limits(own) if own else []
-    short = [limit for limit in limits if limit.free < need]
-    if not short:
-        return
-    above = [limit for limit in short if limit.group != own]
-    if above:
-        raise NoRoom(
-            f"{what}; {_room(above[0])}, a control group above the container's that is not ours "
-            "to raise. Raise the limit of the pod or slice."
-        )
-    if container.config.memory == "refuse":
-        raise NoRoom(
-            f'{what}; {_room(short[0])}. Raise the limit, or set memory = "raise" under [grit].'
-        )
-    # All of them: v1 takes no memory limit above the one of memory and swap together.
-    for limit in reversed([limit for limit in limits if limit.group == own]):
-        _raise(container, limit, need)
+    why = lack(container, processes)
+    if why:
+        raise NoRoom(f"container {container.id}: {why}")
+    need = _need(processes)
+    limits = _limits(container)
+    if any(limit.free < need for limit in limits):
+        own = container.memory_group()
+        # All of them: v1 takes no memory limit above the one of memory and swap together.
+        for limit in reversed([limit for limit in limits if limit.group == own]):
+            _raise(container, limit, need)
 
 
 def make_room_for_restore(container: Container, found: Restore, spec: dict[str, Any]) -> None:
@@ -88,17 +90,17 @@ def make_room_for_restore(container: Container, found: Restore, spec: dict[str, 
 
     The groups above are not looked at: they are not there yet."""
     pages = found.memory_bytes
-    what = f"container {container.id}: {found.images} holds {_size(pages)} of memory"
+    what = f"container {container.id}: {found.images} holds {size(pages)} of memory"
     available = _available()
     if available < pages:
-        raise NoRoom(f"{what}, and the node has {_size(available)} available (MemAvailable)")
+        raise NoRoom(f"{what}, and the node has {size(available)} available (MemAvailable)")
     memory = ((spec.get("linux") or {}).get("resources") or {}).get("memory") or {}
     limit = memory.get("limit") or 0
     need = sum(copy_bytes(max(p.device_bytes, p.held_bytes or 0)) for p in found.processes)
     if container.config.memory == "refuse":
         if 0 < limit < pages:
             raise NoRoom(
-                f"{what}, device memory included, and its memory limit is {_size(limit)}. Raise "
+                f"{what}, device memory included, and its memory limit is {size(limit)}. Raise "
                 'the limit, or set memory = "raise" under [grit].'
             )
         return
@@ -160,6 +162,15 @@ def put_back(container: Container) -> None:
         del container.raised_limits[file]
 
 
+def _need(processes: list[Process]) -> int:
+    return sum(copy_bytes(p.held_bytes) for p in processes if p.held_bytes is not None)
+
+
+def _limits(container: Container) -> list[memcg.Limit]:
+    own = container.memory_group()
+    return memcg.limits(own) if own else []
+
+
 def copy_bytes(held: int) -> int:
     """What the host needs for a process that holds so many bytes of device memory."""
     need = held + held // _PAGE_TABLES + MARGIN_BYTES
@@ -186,9 +197,9 @@ def _available() -> int:
 
 
 def _room(limit: memcg.Limit) -> str:
-    return f"{limit.file} is {_size(limit.value)}, of which {_size(limit.free)} are free"
+    return f"{limit.file} is {size(limit.value)}, of which {size(limit.free)} are free"
 
 
-def _size(bytes_: int) -> str:
+def size(bytes_: int) -> str:
     """12345678 -> "11.8 MiB"."""
     return f"{bytes_ / (1 << 20):.1f} MiB"

@@ -7,6 +7,8 @@ its type is checked, and no name in it may lead out of the checkpoint's director
 
 from __future__ import annotations
 
+from shim.digests import BLOCK
+
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
 FORMAT = 1
@@ -20,13 +22,22 @@ class ManifestError(CheckpointDirError):
     """The manifest is missing or unusable; names the file and the key that is wrong."""
 
 
+_PLAIN, _OF_BLOCKS = "sha256", "sha256_of_64m_blocks"
+
+
 class File:
-    """One file of a checkpoint: its size in bytes and the SHA-256 of its contents, in hex."""
+    """One file of a checkpoint: its size in bytes and its digest, in hex, as `digests` has it: the
+    SHA-256 of the contents, or, above `digests.BLOCK` bytes, of the blocks' SHA-256s."""
 
     __slots__ = ("sha256", "size")
 
     def __init__(self, size: int, sha256: str) -> None:
         self.size, self.sha256 = size, sha256
+
+    @property
+    def key(self) -> str:
+        """What the digest is called in `grit.json`: a plain one is what sha256sum prints."""
+        return _PLAIN if self.size <= BLOCK else _OF_BLOCKS
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, File) and (self.size, self.sha256) == (other.size, other.sha256)
@@ -43,8 +54,8 @@ class Manifest:
 
     `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
     `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
-    carried here; `phases` gives the seconds each took. `cpu` is what `fit.cpu` says, empty where it
-    is not known; `mounts` are the places in the container that the node's files were mounted at.
+    carried here; `cpu` is what `fit.cpu` says, empty where it is not known; `mounts` and `devices`
+    are what `injected.recorded` found; `phases` gives the seconds each took.
     """
 
     def __init__(
@@ -64,7 +75,8 @@ class Manifest:
         cuda_processes: list[dict[str, object]],
         phases: dict[str, float],
         cpu: dict[str, str] | None = None,
-        mounts: list[str] | None = None,
+        mounts: list[dict[str, str]] | None = None,
+        devices: list[str] | None = None,
         created: str = "",
         files: dict[str, File] | None = None,
     ) -> None:
@@ -83,6 +95,7 @@ class Manifest:
         self.phases = phases
         self.cpu = cpu or {}
         self.mounts = mounts or []
+        self.devices = devices or []
         self.created = created
         self.files = files or {}
 
@@ -114,12 +127,13 @@ class Manifest:
             "kernel": self.kernel,
             "hostname": self.hostname,
             "cpu": self.cpu,
-            "mounts": self.mounts,
             "options": self.options,
             "cuda_processes": self.cuda_processes,
+            "mounts": self.mounts,
+            "devices": self.devices,
             "phases": self.phases,
             "files": {
-                name: {"size": file.size, "sha256": file.sha256}
+                name: {"size": file.size, file.key: file.sha256}
                 for name, file in sorted(self.files.items())
             },
         }
@@ -151,10 +165,11 @@ class Manifest:
             kernel=document.text("kernel"),
             hostname=document.text("hostname"),
             cpu=_read_cpu(document),
-            mounts=document.texts("mounts") if "mounts" in document.value else [],
             options=document.table("options").scalars(),
             cuda_processes=[process.value for process in document.tables("cuda_processes")],
             phases=document.table("phases").numbers(),
+            mounts=[_read_mount(mount) for mount in document.tables("mounts", optional=True)],
+            devices=document.texts("devices", optional=True),
             files=_read_files(document.table("files")),
         )
 
@@ -182,12 +197,6 @@ class _Reader:
     def text_or_null(self, key: str) -> str | None:
         return None if self.get(key, right="a string or null") is None else self.text(key)
 
-    def texts(self, key: str) -> list[str]:
-        value = self.get(key, right="an array of strings")
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, "must be an array of strings")
-        return value
-
     def time(self, key: str) -> str:
         import datetime
 
@@ -210,7 +219,17 @@ class _Reader:
             raise self.wrong(key, "must be an object")
         return _Reader(value, self.where, f"{self.path}{key}.")
 
-    def tables(self, key: str) -> list[_Reader]:
+    def texts(self, key: str, *, optional: bool = False) -> list[str]:
+        if optional and key not in self.value:
+            return []
+        value = self.get(key, right="an array of strings")
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "must be an array of strings")
+        return value
+
+    def tables(self, key: str, *, optional: bool = False) -> list[_Reader]:
+        if optional and key not in self.value:
+            return []
         value = self.get(key, right="an array of objects")
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.wrong(key, "must be an array of objects")
@@ -256,16 +275,27 @@ def _read_cpu(document: _Reader) -> dict[str, str]:
     return {key: table.text(key) for key in ("architecture", "model", "instructions")}
 
 
+def _read_mount(mount: _Reader) -> dict[str, str]:
+    kept = {key: mount.text(key) for key in ("destination", "path")}
+    kept |= {key: mount.text(key) for key in ("source", "text") if key in mount.value}
+    for key in ("destination", "path"):
+        # "]" would end the name in CRIU's `external mnt[NAME]:SOURCE`.
+        if not kept[key].startswith("/") or ".." in kept[key].split("/") or "]" in kept[key]:
+            raise mount.wrong(key, "must be an absolute path without .. and ]")
+    return kept
+
+
 def _read_files(table: _Reader) -> dict[str, File]:
     files = {}
     for name in table.value:
         if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name:
             raise table.wrong(repr(name), "is not the name of a file within the checkpoint")
         entry = table.table(name)
-        digest = entry.text("sha256")
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise entry.wrong("sha256", "must be 64 lower-case hexadecimal digits")
-        files[name] = File(entry.integer("size"), digest)
+        file = File(entry.integer("size"), "")
+        file.sha256 = entry.text(file.key)
+        if len(file.sha256) != 64 or not set(file.sha256) <= set("0123456789abcdef"):
+            raise entry.wrong(file.key, "must be 64 lower-case hexadecimal digits")
+        files[name] = file
     if INVENTORY not in files:
         raise table.wrong(INVENTORY, "is missing, and without it nothing can be restored")
     return files

@@ -253,7 +253,7 @@ def _suspend_then_freeze(members: list[Container]) -> dict[str, Exception]:
 
         alone, one.meet = one.meet, meet
         try:
-            checkpoint.suspend_and_freeze(one)
+            checkpoint.suspend_and_freeze(one, images=None)
         except Exception as error:
             failures[one.id] = error
             barrier.abort()

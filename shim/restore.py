@@ -24,6 +24,7 @@ from shim import (
     fit,
     gpu,
     headroom,
+    injected,
     log,
     messages,
     places,
@@ -34,6 +35,7 @@ from shim.container import Restore
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge import freezer, request
 from shim.criu_bridge.errors import explain, first_error, read_log
+from shim.cuda import states
 from shim.cuda.errors import CudaError
 from shim.ttrpc import StatusError
 
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
 ANNOTATION = "grit.dev/checkpoint"
 GRIT_RESTORE = "grit.dev/restore-name"
 """GRIT's manager puts it on a pod whose checkpoint its agent is to bring to the node."""
-
-CRIU_CONFIG = "grit-criu.conf"
 
 _THAW_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
@@ -63,8 +63,8 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
-    config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError or
-    headroom.NoRoom with nothing created.
+    config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError,
+    injected.NotGiven or headroom.NoRoom with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff, saved_log = create.checkpoint, None, None
@@ -75,11 +75,18 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
     manifest = _verified(images)
     fit.require(container, spec, images, manifest)
-    found = Restore(images, manifest, diff, _device_map(manifest, spec), saved_log)
-    if found.processes:
-        _require_engine(container, found)
+    found = Restore(images, manifest, diff, saved_log)
+    injections: list[tuple[str, str | None]] = []
+    try:
+        with_cuda = bool(found.processes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RestoreError(f"{images}: cuda_processes in its manifest: {error!r}") from error
+    if with_cuda:
+        _fit_gpus(container, found, spec)
         headroom.make_room_for_restore(container, found, spec)
-    _write_criu_config(container, spec, found)
+    if manifest is not None:
+        injections = injected.give_again(container, manifest, spec, found.given)
+    _write_criu_config(container, spec, found, injections)
     create.checkpoint = images
     return found
 
@@ -87,8 +94,9 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 def fill(container: Container, filled_volumes: set[str]) -> None:
     """Puts back the pod's volumes, unless another of its containers has (`filled_volumes`), the
     root file system's diff and the log's lines, after the inner shim has mounted the one and CRI
-    has opened the other, and before any process writes there. Diff and log only for restores by
-    annotation: other clients do it themselves. Raises rootfs_diff.DiffError."""
+    has opened the other, and before any process writes there; makes the mount points that CRIU
+    will need. Diff and log only for restores by annotation: other clients do it themselves. Raises
+    rootfs_diff.DiffError."""
     from shim import rootfs_diff, volumes
 
     found = container.restore
@@ -97,6 +105,8 @@ def fill(container: Container, filled_volumes: set[str]) -> None:
     if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
         rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
+    if found.manifest is not None:
+        injected.make_mount_points(container, found.manifest)
     if found.log:
         _fill_log(container, found.log)
 
@@ -139,12 +149,13 @@ def start(container: Container) -> bytes:
         uts.give(names, messages.StartResponse.decode(reply).pid)
         _thaw(container)
         if found.processes:
+            injected.make_device_files(container.runc_state().init_process_pid, found.given)
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)
             headroom.restored(container, found)
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
-    container.restore = None
+    container.given, container.restore = found.given, None
     log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
     return reply
 
@@ -204,34 +215,55 @@ def _verified(images: str) -> Manifest | None:
     return manifest
 
 
-def _device_map(manifest: Manifest | None, spec: dict[str, Any]) -> str:
-    """The driver's device map for the GPUs this container is given, "" where it needs none."""
-    if manifest is None or not manifest.cuda_processes:
-        return ""
-    named = bundle.annotations_of(spec).get(devices.ANNOTATION, "")
-    found = devices.successors(manifest.gpus, devices.of_spec(spec), named)
-    if found and manifest.engine == "plugin":
-        raise RestoreError(
-            f"the checkpoint was made on other GPUs ({found}) by the plugin engine, and CRIU's "
-            "CUDA plugin knows no device map: restore it on the same GPUs, or checkpoint with "
-            'engine = "driver"'
-        )
-    return found
-
-
-def _require_engine(container: Container, found: Restore) -> None:
+def _fit_gpus(container: Container, found: Restore, spec: dict[str, Any]) -> None:
+    """Settles which GPUs the processes get, and that this node can give them. Raises RestoreError
+    or devices.DeviceError with what does not fit."""
+    assert found.manifest is not None
+    what = (
+        f"container {container.id}: {found.images} holds {len(found.processes)} CUDA processes "
+        f"suspended by the {found.engine} engine, and this node cannot bring them back"
+    )
     try:
-        gpu.require(container, found.engine)
+        library, survey = gpu.require(container, found.engine)
     except CudaError as error:
+        raise RestoreError(f"{what}: {error}") from error
+    held: dict[str, int] = {}
+    for process in found.processes:
+        for uuid, figure in process.gpus.items():
+            held[uuid] = held.get(uuid, 0) + figure
+    found.given = devices.of_spec(spec, container.runc.binary_name)
+    found.device_map = devices.successors(
+        found.manifest.gpus,
+        found.given,
+        bundle.annotations_of(spec).get(devices.ANNOTATION, ""),
+        held=held,
+        free={device.uuid: device.free for device in survey.devices},
+    )
+    if not found.device_map:
+        return
+    if found.engine == "plugin":
         raise RestoreError(
-            f"container {container.id}: {found.images} holds {len(found.processes)} CUDA processes "
-            f"suspended by the {found.engine} engine, and this node cannot bring them back: {error}"
-        ) from error
+            f"the checkpoint was made on other GPUs ({found.device_map}) by the plugin engine, and "
+            "CRIU's CUDA plugin knows no device map: restore it on the same GPUs, or checkpoint "
+            'with engine = "driver"'
+        )
+    if library.cuda_version < states.DEVICE_MAP_CUDA:
+        raise RestoreError(
+            f"{what}: it was made on other GPUs ({found.device_map}), and a device map needs "
+            f"driver r580 or later; {library.path} has CUDA {library.cuda_version // 1000}."
+            f"{library.cuda_version % 1000 // 10}"
+        )
 
 
-def _write_criu_config(container: Container, spec: dict[str, Any], found: Restore) -> None:
+def _write_criu_config(
+    container: Container,
+    spec: dict[str, Any],
+    found: Restore,
+    injections: list[tuple[str, str | None]],
+) -> None:
     """Writes the options `runc restore` does not pass on into a CRIU configuration file, with
-    what the container's own or runc's file says before them."""
+    what the container's own or runc's file says before them and the mounts that runc does not
+    know after them."""
     notes = bundle.annotations_of(spec)
     settings = container.config
     made_with = found.manifest.options if found.manifest else {}
@@ -249,8 +281,9 @@ def _write_criu_config(container: Container, spec: dict[str, Any], found: Restor
     elif found.engine == "driver":
         lines.append(("libdir", criu_config.NO_PLUGINS))
     base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
-    path = os.path.join(container.bundle, CRIU_CONFIG)
-    bundle.replace(path, criu_config.file_text(lines, base), mode=0o600)
+    path = os.path.join(container.bundle, bundle.RESTORE_CONFIG)
+    bundle.replace(path, criu_config.file_text([*lines, *injections], base), mode=0o600)
+    bundle.replace(os.path.join(container.bundle, bundle.BASE_CONFIG), base or "", mode=0o600)
     spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
 

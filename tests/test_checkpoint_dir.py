@@ -28,6 +28,7 @@ from shim.checkpoint_dir import (
     rootfs_diff,
     verify,
 )
+from shim.digests import BLOCK
 from shim.manifest import File, Manifest, ManifestError
 
 ROOT = pathlib.Path(checkpoint_dir.__file__).parents[1]
@@ -47,6 +48,11 @@ def a_manifest() -> Manifest:
         hostname="node-1",
         options={"tcp": "established", "file_locks": True, "ghost_limit": 1048576},
         cuda_processes=[{"pid": 7, "vma": [1, 2]}],
+        mounts=[
+            {"destination": "/a", "path": "/a", "source": "/usr/lib/libcuda.so.1"},
+            {"destination": "/b", "path": "/c", "text": "ModifyDeviceFiles: 0\n"},
+        ],
+        devices=["/dev/nvidia0", "/dev/nvidiactl"],
         phases={"lock": 0.001, "dump": 0.34},
     )
 
@@ -124,9 +130,10 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
         "kernel",
         "hostname",
         "cpu",
-        "mounts",
         "options",
         "cuda_processes",
+        "mounts",
+        "devices",
         "phases",
         "files",
     ]
@@ -503,6 +510,10 @@ def with_value(path: list[str], value: object) -> bytes:
     return json.dumps(changed).encode()
 
 
+def mount(**values: object) -> dict[str, object]:
+    return {"destination": "/a", "path": "/a", "source": "/usr/lib/libcuda.so.1", **values}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -524,6 +535,13 @@ def with_value(path: list[str], value: object) -> bytes:
         (["gpus"], [1], "gpus must be an array of objects"),
         (["gpus"], [{"uuid": "a"}], r"gpus\[0\].name is missing; it must be a string"),
         (["cuda_processes"], None, "cuda_processes must be an array of objects"),
+        (["mounts"], [1], "mounts must be an array of objects"),
+        (["mounts"], [{"destination": "/a"}], r"mounts\[0\].path is missing; it must be a string"),
+        (["mounts"], [mount(path="a")], r"mounts\[0\].path must be an absolute path without"),
+        (["mounts"], [mount(path="/x]:/etc")], r"mounts\[0\].path must be .* without .. and ]"),
+        (["mounts"], [mount(path="/a/../b")], r"mounts\[0\].path must be an absolute path"),
+        (["mounts"], [mount(source=5)], r"mounts\[0\].source must be a string"),
+        (["devices"], ["/dev/nvidia0", 1], "devices must be an array of strings"),
         (["options", "tcp"], [], "options.tcp must be true, false, a whole number or a string"),
         (["options", "x"], 1.5, "options.x must be true, false"),
         (["phases", "dump"], "1s", "phases.dump must be a number"),
@@ -646,6 +664,41 @@ def test_the_rootfs_diff_lies_beside(tmp_path: pathlib.Path) -> None:
     assert rootfs_diff(images(tmp_path / "ctrd-checkpoint123")) is None
 
 
+BIG = 2 * BLOCK + 5
+BY_HAND = "split -b 64M --filter='openssl dgst -sha256 -binary' pages-1.img | sha256sum"
+"""docs/checkpoint-layout.md"""
+
+
+@pytest.fixture
+def big(place: pathlib.Path) -> pathlib.Path:
+    """A checkpoint with a file of three blocks; its path."""
+    draft = Draft.begin(str(place))
+    dump_into(draft)
+    with open(pathlib.Path(draft.path) / "pages-1.img", "wb") as file:
+        file.truncate(BIG)
+        for at in (0, BLOCK, BIG - 1):
+            os.pwrite(file.fileno(), b"x", at)
+    draft.publish(a_manifest())
+    return place / "pages-1.img"
+
+
+def test_a_large_file_has_a_digest_of_blocks(big: pathlib.Path) -> None:
+    entry = json.loads((big.parent / "grit.json").read_bytes())["files"]["pages-1.img"]
+    done = subprocess.run(
+        ["sh", "-c", BY_HAND], cwd=big.parent, capture_output=True, text=True, check=True
+    )
+    assert entry == {"size": BIG, "sha256_of_64m_blocks": done.stdout.split()[0]}
+    assert verify(str(big.parent), load(str(big.parent))) == []
+
+
+@pytest.mark.parametrize("at", [1, BLOCK - 1, BLOCK + 1, 2 * BLOCK, BIG - 1])
+def test_a_flipped_byte_in_any_block_is_found(big: pathlib.Path, at: int) -> None:
+    with open(big, "r+b") as file:
+        os.pwrite(file.fileno(), b"!", at)
+    (problem,) = verify(str(big.parent), load(str(big.parent)))
+    assert (problem.name, problem.kind) == ("pages-1.img", "checksum")
+
+
 def test_importing_it_stays_cheap() -> None:
     """It is loaded into the daemon at the first Checkpoint or restore."""
     code = (
@@ -659,5 +712,6 @@ def test_importing_it_stays_cheap() -> None:
         "__future__",
         "shim",
         "shim.checkpoint_dir",
+        "shim.digests",
         "shim.manifest",
     }

@@ -34,7 +34,6 @@ def made(**changes: Any) -> Manifest:
         "cuda_processes": [{"pid": 1}],
         "phases": {},
         "cpu": HERE,
-        "mounts": [],
     }
     return Manifest(**{**facts, **changes})
 
@@ -90,15 +89,11 @@ def test_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no NVIDIA driver" in problems(made())
 
 
-def test_mounts(tmp_path: pathlib.Path) -> None:
-    spec = {"mounts": [mount("/data", str(tmp_path)), {"destination": "/proc", "type": "proc"}]}
-    fits(made(mounts=["/data"]), spec)
-    told = problems(made(mounts=["/data", "/other"]), spec)
-    assert "mounts that the container to be restored lacks: /other" in told
-    gone = {"mounts": [mount("/data", str(tmp_path / "gone"))]}
-    assert f"the source {tmp_path}/gone of the mount /data is not there" in problems(None, gone)
-    bound = {"mounts": [mount("/data", str(tmp_path), type="none", options=["rbind"])]}
-    fits(made(mounts=["/data"]), bound)
+def test_sources_of_mounts(tmp_path: pathlib.Path) -> None:
+    fits(made(), {"mounts": [mount("/data", str(tmp_path)), {"destination": "/p", "type": "proc"}]})
+    for kind in ({"type": "bind"}, {"type": "none", "options": ["rbind"]}):
+        gone = {"mounts": [mount("/data", str(tmp_path / "gone"), **kind)]}
+        assert f"the source {tmp_path}/gone of the mount /data is not there" in problems(None, gone)
 
 
 def test_all_reasons_at_once_and_what_can_be_done() -> None:

@@ -330,7 +330,7 @@ def restoring(pages: int, *held: int, engine: str = "driver") -> Restore:
         "pages-2.img": File(MIB, ""),
         "mm-1.img": File(MIB, ""),
     }
-    return Restore("/images", manifest, None, "")
+    return Restore("/images", manifest, None)
 
 
 def spec(limit: int, swap: int = 0) -> dict[str, Any]:

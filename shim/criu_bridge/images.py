@@ -32,6 +32,10 @@ _SERVICE_MAGIC = 0x55105940
 _INVENTORY_MAGIC = 0x58313116
 _PSTREE_MAGIC = 0x50273030
 _STATS_MAGIC = 0x57093306
+_PAGEMAP_MAGIC = 0x56084025
+
+_PAGE = 4096
+_PRESENT = 4  # criu/include/pagemap.h: PE_PRESENT, the pages are in this image and no other
 
 CUDA_PLUGIN = "cuda_plugin"
 
@@ -73,6 +77,19 @@ class DumpStats(Message):
     shpages_written: int | None = optional(uint64(14))
 
 
+class _PagemapHead(Message):
+    pages_id: int | None = optional(uint32(1))
+
+
+class _PagemapEntry(Message):
+    """`nr_pages` since CRIU 4.1, which writes the other one too where it is large enough."""
+
+    vaddr: int | None = optional(uint64(1))
+    nr_pages_32: int | None = optional(uint32(2))
+    flags: int | None = optional(uint32(4))
+    nr_pages: int | None = optional(uint64(5))
+
+
 class _Stats(Message):
     dump: DumpStats | None = message(1, DumpStats)
 
@@ -109,6 +126,36 @@ def parse_dump_stats(data: bytes) -> DumpStats:
     if stats is None:
         raise ImageError("no statistics of a dump in it")
     return stats
+
+
+def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]:
+    """The content of pagemap-<pid>.img: which file has the process's pages, and how many bytes of
+    the address ranges [start, end) are in it. Raises ImageError."""
+    from bisect import bisect_right
+
+    records = _records(data, _COMMON_MAGIC, _PAGEMAP_MAGIC)
+    if not records:
+        raise ImageError("a pagemap without a head")
+    head = _decode(_PagemapHead, records[0])
+    low = min((start for start, _ in ranges), default=0)
+    high = max((end for _, end in ranges), default=0)
+    total = 0
+    # In ascending order. There may be tens of thousands, and the process stands still meanwhile.
+    first = bisect_right(records, low, lo=1, key=_first_varint) - 1
+    for record in records[max(first, 1) :]:
+        if _first_varint(record) >= high:
+            break
+        entry = _decode(_PagemapEntry, record)
+        start = entry.vaddr or 0
+        end = start + (entry.nr_pages or entry.nr_pages_32 or 0) * _PAGE
+        if (entry.flags or 0) & _PRESENT:
+            total += sum(max(min(end, e) - max(start, s), 0) for s, e in ranges)
+    return f"pages-{head.pages_id}.img", total
+
+
+def pages_within(images_dir: str, pid: int, ranges: list[tuple[int, int]]) -> tuple[str, int]:
+    """What `parse_pagemap` says of the process that has this pid inside the container."""
+    return parse_pagemap(_read(images_dir, f"pagemap-{pid}.img"), ranges)
 
 
 def inventory(images_dir: str) -> Inventory:
@@ -167,6 +214,16 @@ def _records(data: bytes, *magics: int) -> list[bytes]:
         records.append(data[position : position + length])
         position += length
     return records
+
+
+def _first_varint(record: bytes) -> int:
+    """The value of a record's first field, of which every record here is known to be a number."""
+    value = 0
+    for shift, byte in enumerate(record[1:11]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            break
+    return value
 
 
 def _u32(data: bytes, position: int) -> tuple[int, int]:

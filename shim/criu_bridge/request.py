@@ -164,6 +164,16 @@ def mounts_of_hooks(state: RunState) -> list[HookMount]:
     ]
 
 
+def bind_mounts(state: RunState) -> list[tuple[str, str, str]]:
+    """The bind mounts runc made by its configuration: mount point as it stands there, as CRIU
+    knows it and as the images name it, and source."""
+    return [
+        (mount.destination, _same(state, mount.destination)[0], mount.source)
+        for mount in state.mounts
+        if mount.device == "bind"
+    ]
+
+
 def write_descriptors(state: RunState, images_dir: str) -> None:
     """Write what `runc restore` needs to give the restored process its stdio (mode 0600)."""
     import json

@@ -1,5 +1,5 @@
-"""The C declarations of the NVIDIA libraries' calls that we use, and the generator of `_libcuda.py`
-and `_libnvml.py` from them.
+"""The C declarations of the library calls that we use, NVIDIA's and the system's, and the generator
+of `_libcuda.py`, `_libnvml.py` and `_ptrace.py` from them.
 
 Run `python -m shim.cuda.declarations` after a change; a test checks that they are in step. They
 are compiled ahead of time because parsing C at run time costs 40 ms, more than all the rest of a
@@ -37,17 +37,35 @@ NVML = """
 typedef struct {
     unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance;
 } process_memory;
+typedef struct { unsigned long long total, free, used; } device_memory;
 
 int nvmlInit_v2(void);
 int nvmlShutdown(void);
 const char *nvmlErrorString(int code);
 int nvmlDeviceGetCount_v2(unsigned int *count);
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **device);
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned int length);
+int nvmlDeviceGetMemoryInfo(void *device, device_memory *memory);
+int nvmlDeviceGetMigMode(void *device, unsigned int *now, unsigned int *after_reset);
 int nvmlDeviceGetComputeRunningProcesses_v3(
+    void *device, unsigned int *count, process_memory *processes);
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(
     void *device, unsigned int *count, process_memory *processes);
 """
 
-MODULES = {"_libcuda": CUDA, "_libnvml": NVML}
+# linux/ptrace.h, linux/uio.h, and the registers of asm/user_64.h (x86-64). The C library's ptrace
+# takes its arguments as any function does there.
+PTRACE = """
+typedef struct {
+    uint64_t r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip,
+        cs, eflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs;
+} user_registers;
+typedef struct { void *base; size_t size; } io_vector;
+
+long ptrace(long request, int pid, void *address, void *data);
+"""
+
+MODULES = {"_libcuda": CUDA, "_libnvml": NVML, "_ptrace": PTRACE}
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 HEADER = """# Made by shim/cuda/declarations.py; do not edit.
 # ruff: noqa

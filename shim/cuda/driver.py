@@ -14,6 +14,7 @@ import threading
 
 from shim.cuda import states
 from shim.cuda.errors import CallAbandoned, HelperDied, LibraryError
+from shim.cuda.survey import Survey
 
 START_SECONDS = 20.0  # for the helper to start and load libcuda (0.1 s on an idle machine)
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -71,8 +72,8 @@ class Driver:
 
     def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
         """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
-        (argument: device map) or unlock; or memory, the bytes of device memory in use by NVML's
-        word. Returns within `timeout` seconds of the helper being up.
+        (argument: device map) or unlock; or the question to NVML that `survey` asks; or shed
+        (argument: a forked.Inheritance). Returns within `timeout` seconds of the helper being up.
 
         Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does
         not start, LibraryError where libcuda cannot be loaded. A CUresult other than 0 is an
@@ -90,6 +91,13 @@ class Driver:
             f"pid {pid}: the driver's {action} call did not come back within {timeout:.1f} s and "
             f"was abandoned (CUDA helper pid {helper.pid})"
         )
+
+    def survey(self, pids: list[int] | None, *, timeout: float) -> Survey:
+        """What NVML says of the node's GPUs and these processes, None for all there are; one with
+        a reason instead where it says nothing. Raises as `call` does."""
+        argument = "all" if pids is None else ",".join(map(str, pids))
+        answer = self.call("survey", 0, timeout=timeout, argument=argument)
+        return Survey.decode(answer.name) if answer.ok else Survey(unknown=answer.name)
 
     def close(self) -> None:
         """Lets the helper go; calls under way fail with HelperDied. A later call starts anew."""

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 
-from shim.cuda import discovery, states
+from shim.cuda import discovery, forked, limits, room, states
 from shim.cuda.driver import Answer, Driver, Library
 from shim.cuda.errors import CallAbandoned, CudaError, HelperDied, LibraryError
 from shim.cuda.suspension import Process, Suspension, from_candidate
@@ -115,11 +115,10 @@ def resume(suspension: Suspension, driver: Driver, policy: Policy) -> None:
     """Brings each process back to the state it was found in; may be called again.
 
     Acts on what the driver says now, not on the record, so it also mends what a killed CRIU or
-    helper left behind. Processes that have died meanwhile are no error. Raises one CudaError for
-    all that did not come back, after every other did."""
-    errors, _ = _in_parallel(
-        suspension.processes, lambda p: _bring_back(p, p.before, driver, policy, "")
-    )
+    helper left behind. Processes that have died meanwhile are no error. Waits for others to free
+    the device memory that is needed, as long as for a lock; none is restored without. Raises one
+    CudaError for all that did not come back, after every other did."""
+    errors = _bring_all_back(suspension.processes, driver, policy)
     if errors:
         raise CudaError(
             "the GPU was not given back: " + "; ".join(map(str, errors)),
@@ -200,6 +199,7 @@ class _Suspend:
     def run(self) -> Suspension:
         try:
             self.lock_until_quiet()
+            self.shed_inherited()
             if self.suspension.engine == "driver":
                 self.copy_until_quiet()
         except Exception as error:
@@ -282,16 +282,37 @@ class _Suspend:
         return process.state != GONE
 
     def measure(self, process: Process) -> None:
-        """Notes how much device memory it holds: locked, it can take no more."""
+        """Notes how much device memory it holds, and where: locked, it can take no more."""
         try:
-            answer = self.driver.call("memory", process.pid, timeout=ANSWER_SECONDS)
+            survey = self.driver.survey([process.pid], timeout=ANSWER_SECONDS)
         except CudaError as error:  # no reason to give up: it is a question of our own
             process.note = str(error)
             return
-        if answer.ok:
-            process.held_bytes = answer.value
-        else:
-            process.note = answer.name
+        process.held_bytes = survey.used(process.pid)
+        process.gpus = {use.uuid: use.bytes for use in survey.uses if use.bytes is not None}
+        if process.held_bytes is None:
+            process.note = survey.unknown or (
+                "NVML lists it, with its memory as not available"
+                if survey.uses
+                else "NVML does not list it among the processes that use a GPU"
+            )
+
+    def shed_inherited(self) -> None:
+        """Takes from the processes without CUDA what they inherited, by fork, of the GPU of those
+        with it: now, as long as both have it in the same place. Where that does not work CRIU will
+        say so, if it comes to a dump."""
+        for pid, _, _ in self.suspension.idle:
+            for parent in self.suspension.processes:
+                try:
+                    found = forked.inherited(pid, parent.pid)
+                    if not found:
+                        continue
+                    answer = self.driver.call(
+                        "shed", pid, timeout=ANSWER_SECONDS, argument=found.encode()
+                    )
+                    self.suspension.forked[pid] = "" if answer.ok else answer.name
+                except (CudaError, OSError) as error:
+                    self.suspension.forked[pid] = str(error)
 
     def copy_until_quiet(self) -> None:
         """Copies what is locked, and what has got CUDA while that was copied."""
@@ -315,6 +336,7 @@ class _Suspend:
             if not answer.ok:
                 raise CudaError(
                     f"{process}: device memory was not copied to the host: {_reason(answer)}"
+                    f"{limits.suspects(process.pid)}"
                 )
             _verify(process, self.driver, states.CHECKPOINTED, "after the copy")
             new = discovery.appeared(before, discovery.anonymous_memory(process.pid))
@@ -332,9 +354,7 @@ class _Suspend:
     def undone(self, error: Exception) -> CudaError:
         """Puts everything back and tells what became of it."""
         touched = self.suspension.processes[::-1]
-        errors, _ = _in_parallel(
-            touched, lambda p: _bring_back(p, p.before, self.driver, self.policy, "")
-        )
+        errors = _bring_all_back(touched, self.driver, self.policy)
         text = f"the GPU could not be suspended: {error}"
         if touched:
             text += ". Now, by the driver's word: " + ", ".join(
@@ -350,6 +370,27 @@ class _Suspend:
                 + ", ".join(f"`cuda-checkpoint --action unlock --pid {p.pid}`" for p in late)
             )
         return CudaError(text, {process.pid: process.state for process in touched})
+
+
+def _bring_all_back(processes: list[Process], driver: Driver, policy: Policy) -> list[Exception]:
+    """Each to the state it was found in; the errors of those that are not."""
+    try:
+        room.wait_for_room(_to_restore(processes, driver), driver, policy.lock_timeout)
+    except CudaError as error:
+        return [error]
+    errors, _ = _in_parallel(processes, lambda p: _bring_back(p, p.before, driver, policy, ""))
+    return errors
+
+
+def _to_restore(processes: list[Process], driver: Driver) -> list[Process]:
+    """Those whose device memory is on the host and is to go back. Who cannot be asked is left
+    out: what is wrong with it is told when it is brought back."""
+
+    def found(process: Process) -> tuple[Process, str]:
+        return process, _ask(process, driver, PATIENT_SECONDS)
+
+    _, answers = _in_parallel(processes, found)
+    return [p for p, state in answers if state == states.CHECKPOINTED != p.before]
 
 
 def _bring_back(

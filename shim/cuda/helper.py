@@ -7,7 +7,7 @@ message a packet, fields separated by tabs, times in seconds of CLOCK_MONOTONIC:
     helper: ready <libcuda> <CUDA version> <missing calls, comma-separated>
             or: none <why there is no libcuda>   or: broken <what is wrong with the helper>
     shim:   <id> <action> <pid> <argument>
-    helper: <id> <CUresult> <its name, or why> <value> <started> <ended>
+    helper: <id> <CUresult> <its name, or why, or a survey> <value> <started> <ended>
 
 Leaves at once when the shim closes the socket, whatever is under way. Never started by hand.
 """
@@ -59,11 +59,14 @@ def _answer(
     number, action, pid, argument = request.decode().split("\t")
     started = time.monotonic()
     try:
-        if action == "memory":
-            code, value = states.SUCCESS, _memory(int(pid), cuda)
+        if action == "survey":
+            code, value, name = states.SUCCESS, 0, _survey(argument, cuda)
+        elif action == "shed":
+            _shed(int(pid), argument)
+            code, value, name = states.SUCCESS, 0, ""
         else:
             code, value = _perform(backend, action, int(pid), argument)
-        name = cuda.error_name(code)
+            name = cuda.error_name(code)
     except Exception as error:  # a call must be answered, or the shim waits for its deadline
         code, value, name = states.UNKNOWN, 0, f"{error}"
     ended = time.monotonic()
@@ -73,10 +76,18 @@ def _answer(
         os._exit(0)  # the shim is gone
 
 
-def _memory(pid: int, cuda: LibCuda) -> int:
+def _survey(pids: str, cuda: LibCuda) -> str:
     from shim.cuda import nvml
 
-    return nvml.used(pid, cuda.path)
+    wanted = None if pids == "all" else set(map(int, filter(None, pids.split(","))))
+    return nvml.survey(wanted, cuda.path).encode()
+
+
+def _shed(pid: int, what: str) -> None:
+    from shim.cuda.forked import Inheritance
+    from shim.cuda.shed import shed
+
+    shed(pid, Inheritance.decode(what))
 
 
 def _perform(

@@ -22,16 +22,19 @@ CALLS = (
     "cuCheckpointProcessRestore",
     "cuCheckpointProcessUnlock",
 )
+NAME = "libcuda.so.1"
 FIRST_DRIVER = "r570"  # the first with all of CALLS (CUDA 12.8)
-DEVICE_MAP_CUDA = 13000  # the first CUDA version whose restore takes GPU pairs (r580)
 
-# Where a driver container (the GPU operator's, GKE's installer) keeps the library on the host,
-# tried after what the loader finds by itself.
-DRIVER_ROOTS = (
-    "/run/nvidia/driver/usr/lib/x86_64-linux-gnu/libcuda.so.1",
-    "/run/nvidia/driver/usr/lib/aarch64-linux-gnu/libcuda.so.1",
-    "/run/nvidia/driver/usr/lib64/libcuda.so.1",
-    "/home/kubernetes/bin/nvidia/lib64/libcuda.so.1",
+# Tried after what the loader finds by itself: where a driver container keeps its libraries on the
+# host (the GPU operator's root file system, of Ubuntu or of Red Hat; GKE's installer), and what a
+# loader's cache may not know.
+DIRECTORIES = (
+    "/run/nvidia/driver/usr/lib/x86_64-linux-gnu",
+    "/run/nvidia/driver/usr/lib/aarch64-linux-gnu",
+    "/run/nvidia/driver/usr/lib64",
+    "/home/kubernetes/bin/nvidia/lib64",
+    "/usr/lib/x86_64-linux-gnu/nvidia/current",
+    "/usr/lib64",
 )
 
 
@@ -80,7 +83,7 @@ class LibCuda:
         """checkpointed -> locked. `device_map` is "old=new,..." of GPU UUIDs and must then name
         every GPU of the process. Raises LibraryError where the driver cannot map."""
         pairs = parse_device_map(device_map)
-        if pairs and self.cuda_version < DEVICE_MAP_CUDA:
+        if pairs and self.cuda_version < states.DEVICE_MAP_CUDA:
             raise LibraryError(
                 f"a device map needs a driver with CUDA 13.0 (r580) or later; {self.path} has "
                 f"CUDA {version_text(self.cuda_version)}"
@@ -109,14 +112,16 @@ def _load(path: str) -> tuple[str, Any]:
         except OSError as error:
             raise LibraryError(f"the configured libcuda cannot be loaded: {error}") from error
     tried = []
-    for candidate in ("libcuda.so.1", *filter(os.path.exists, DRIVER_ROOTS)):
+    places = [os.path.join(directory, NAME) for directory in DIRECTORIES]
+    for candidate in (NAME, *filter(os.path.exists, places)):
         try:
             return candidate, ffi.dlopen(candidate)
         except OSError as error:
             tried.append(str(error))
     raise LibraryError(
-        f"no libcuda.so.1 on this node ({'; '.join(tried)}; nor under {DRIVER_ROOTS[0][:18]}): "
-        "is the NVIDIA driver installed?"
+        f"no {NAME} on this node ({'; '.join(tried)}; looked for in the loader's path and in "
+        f"{', '.join(DIRECTORIES)}): is the NVIDIA driver installed? If it is elsewhere, name the "
+        "library as `libcuda` under [grit]"
     )
 
 

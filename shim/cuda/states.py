@@ -17,6 +17,9 @@ NOT_READY = 600  # a lock that was not granted within its timeout
 NOT_SUPPORTED = 801
 UNKNOWN = 999
 
+DEVICE_MAP_CUDA = 13000
+"""The first CUDA version whose restore takes GPU pairs (r580)."""
+
 ERROR_NAMES = {
     SUCCESS: "CUDA_SUCCESS",
     1: "CUDA_ERROR_INVALID_VALUE",

@@ -27,8 +27,11 @@ class Process:
     steps: how long each step took: lock, checkpoint, restore, unlock.
     held_bytes: device memory it had in use when it was locked, its contexts' included, by NVML's
         word; None if that is not known (`note` then says why).
+    gpus: the same by GPU, UUID -> bytes, as far as it is known.
     device_bytes, region: size and [start, end) of the memory region that appeared in the process
         while the driver copied: its device memory, on the host. 0 and None if none was seen.
+    image, image_bytes: the file of the checkpoint that holds it, and how much of it was ever
+        written to by the driver and so is there; "" and 0 as long as that is not known.
     note: what is odd about it, or "".
     """
 
@@ -36,7 +39,10 @@ class Process:
         "before",
         "comm",
         "device_bytes",
+        "gpus",
         "held_bytes",
+        "image",
+        "image_bytes",
         "inner",
         "note",
         "pid",
@@ -59,8 +65,11 @@ class Process:
         state: str = "",
         steps: dict[str, Step] | None = None,
         held_bytes: int | None = None,
+        gpus: dict[str, int] | None = None,
         device_bytes: int = 0,
         region: tuple[int, int] | None = None,
+        image: str = "",
+        image_bytes: int = 0,
         note: str = "",
     ) -> None:
         self.pid = pid
@@ -72,8 +81,11 @@ class Process:
         self.state = state
         self.steps = steps if steps is not None else {}
         self.held_bytes = held_bytes
+        self.gpus = gpus if gpus is not None else {}
         self.device_bytes = device_bytes
         self.region = region
+        self.image = image
+        self.image_bytes = image_bytes
         self.note = note
 
     def __str__(self) -> str:
@@ -97,11 +109,13 @@ class Suspension:
 
     engine: "driver", "plugin", or "none". processes: its CUDA processes.
     idle: those that had libcuda or a device open but no CUDA, as [pid, start time, devices]; what
-        `engine.missed` compares with. library, cuda_version: as in driver.Library.
-    seconds: how long the suspension took.
+        `engine.missed` compares with.
+    forked: those of them that had inherited the GPU of one with CUDA, by pid, and why it could not
+        be taken from them, "" where it was.
+    library, cuda_version: as in driver.Library. seconds: how long the suspension took.
     """
 
-    __slots__ = ("cuda_version", "engine", "idle", "library", "processes", "seconds")
+    __slots__ = ("cuda_version", "engine", "forked", "idle", "library", "processes", "seconds")
 
     def __init__(self, engine: str = "none") -> None:
         self.engine = engine
@@ -109,6 +123,7 @@ class Suspension:
         self.cuda_version = 0
         self.processes: list[Process] = []
         self.idle: list[tuple[int, int, bool]] = []
+        self.forked: dict[int, str] = {}
         self.seconds = 0.0
 
     def __bool__(self) -> bool:
@@ -121,6 +136,7 @@ class Suspension:
             "cuda_version": self.cuda_version,
             "seconds": self.seconds,
             "processes": [process.to_dict() for process in self.processes],
+            "forked": {str(pid): problem for pid, problem in self.forked.items()},
             "idle": [list(entry) for entry in self.idle],
         }
 
@@ -132,6 +148,7 @@ class Suspension:
         new.cuda_version = plain["cuda_version"]
         new.seconds = plain["seconds"]
         new.processes = [Process.from_dict(entry) for entry in plain["processes"]]
+        new.forked = {int(pid): problem for pid, problem in plain["forked"].items()}
         new.idle = [(pid, start_time, devices) for pid, start_time, devices in plain["idle"]]
         return new
 

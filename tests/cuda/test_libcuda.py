@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
 
-from shim.cuda import declarations, engine, states
+from shim.cuda import declarations, engine, libcuda, states
 from shim.cuda.driver import Driver, Library
 from shim.cuda.errors import CallAbandoned, HelperDied, LibraryError
 from shim.cuda.libcuda import LibCuda, parse_device_map
-from tests.cuda.conftest import new_policy
+from tests.cuda.conftest import ROOT, new_policy
 from tests.simgpu.simgpu import Kit
 
 
@@ -52,6 +53,57 @@ def test_a_configured_library_that_cannot_be_loaded_is_no_reason_to_take_another
 ) -> None:
     with pytest.raises(LibraryError, match="configured libcuda cannot be loaded"):
         LibCuda(str(tmp_path / "libcuda.so.1"))
+
+
+LOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from shim.cuda import libcuda
+libcuda.DIRECTORIES = tuple(sys.argv[2:])
+from shim.cuda.errors import LibraryError
+try:
+    found = libcuda.LibCuda()
+    print(found.path, found.cuda_version, *found.missing)
+except LibraryError as error:
+    print(error)
+"""
+
+
+def load(*directories: Path, env: dict[str, str] | None = None) -> str:
+    """What is found, in a process that has loaded none yet, where these are the places to look."""
+    words = [sys.executable, "-c", LOAD, str(ROOT), *map(str, directories)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=env or {})
+    return done.stdout.strip()
+
+
+def test_the_library_is_found_in_the_loaders_path(kit: Kit) -> None:
+    env = {"LD_LIBRARY_PATH": str(kit.libcuda.parent)}
+    assert load(Path("/nowhere"), env=env) == "libcuda.so.1 13000"
+
+
+def test_the_library_is_found_in_a_driver_containers_root(kit: Kit, old_libcuda: Path) -> None:
+    assert load(Path("/nowhere"), kit.libcuda.parent) == f"{kit.libcuda} 13000"
+    found = load(old_libcuda.parent, kit.libcuda.parent).split()
+    assert found[:2] == [str(old_libcuda), "12040"]
+    assert found[2:] == list(libcuda.CALLS)
+
+
+def test_what_cannot_be_loaded_does_not_end_the_search(kit: Kit, tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").write_text("not a library")
+    assert load(tmp_path, kit.libcuda.parent) == f"{kit.libcuda} 13000"
+
+
+def test_without_a_library_every_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").write_text("not a library")
+    told = load(tmp_path, Path("/nowhere"))
+    assert f"{tmp_path}/libcuda.so.1: " in told
+    assert f"in the loader's path and in {tmp_path}, /nowhere)" in told
+    assert "is the NVIDIA driver installed?" in told and "`libcuda` under [grit]" in told
+
+
+def test_the_gpu_operators_root_is_looked_into() -> None:
+    assert "/run/nvidia/driver/usr/lib/x86_64-linux-gnu" in libcuda.DIRECTORIES
+    assert "/home/kubernetes/bin/nvidia/lib64" in libcuda.DIRECTORIES
 
 
 def test_device_maps() -> None:

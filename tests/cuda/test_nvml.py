@@ -14,6 +14,7 @@ from shim.cuda._libnvml import ffi
 from shim.cuda.driver import Driver
 from shim.cuda.engine import Policy
 from shim.cuda.errors import CallAbandoned, CudaError
+from shim.cuda.survey import Survey
 from shim.cuda.suspension import Process
 from tests.cuda.conftest import MIB
 from tests.cuda.simulated import Workload
@@ -24,6 +25,7 @@ Start = Callable[..., Workload]
 # One that says what `figure` says of pid 77, on two devices.
 LIBRARY = """
 #include <stddef.h>
+#include <stdio.h>
 struct info {{ unsigned pid; unsigned long long used; unsigned gpu, compute; }};
 const char *nvmlErrorString(int code) {{ (void)code; return "Driver Not Loaded"; }}
 int nvmlInit_v2(void) {{ return {init}; }}
@@ -31,6 +33,10 @@ int nvmlShutdown(void) {{ return 0; }}
 int nvmlDeviceGetCount_v2(unsigned *count) {{ *count = 2; return 0; }}
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device)
 {{ *device = (void *)(size_t)(index + 1); return 0; }}
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned room)
+{{ snprintf(uuid, room, "GPU-%zu", (size_t)device); return 0; }}
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory)
+{{ (void)device; memory[0] = 300; memory[1] = 100; memory[2] = 200; return 0; }}
 int nvmlDeviceGetComputeRunningProcesses_{version}(void *device, unsigned *count, struct info *to)
 {{
     (void)device;
@@ -60,13 +66,25 @@ def test_the_structure_has_nvmls_layout() -> None:
 
 def test_all_gpus_are_counted_and_many_processes_fit(tmp_path: Path) -> None:
     libcuda = library(tmp_path, figure=f"{3 * MIB}ULL * 4096")
-    assert nvml.used(77, libcuda) == 2 * 3 * MIB * 4096
+    found = nvml.survey({77}, libcuda)
+    assert found.used(77) == 2 * 3 * MIB * 4096
+    assert found.used_on("GPU-2") == 3 * MIB * 4096
+    assert [(d.uuid, d.total, d.free, d.mig) for d in found.devices] == [
+        ("GPU-1", 300, 100, False),
+        ("GPU-2", 300, 100, False),
+    ]
+
+
+def test_a_survey_survives_its_line_of_text(tmp_path: Path) -> None:
+    found = nvml.survey({77, 100}, library(tmp_path, figure="-1ULL"))
+    again = Survey.decode(found.encode())
+    assert again.encode() == found.encode()
+    assert (again.used(77), again.used(100), again.used(1)) == (None, 2, None)
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"figure": "-1ULL"}, "not available"),
         ({"init": 9}, r"nvmlInit_v2: Driver Not Loaded \(9\)"),
         ({"version": "v1"}, "older than r510"),
     ],
@@ -75,18 +93,17 @@ def test_what_nvml_does_not_know_is_unknown(
     tmp_path: Path, options: dict[str, str], why: str
 ) -> None:
     libcuda = library(tmp_path, **options)  # type: ignore[arg-type]
-    with pytest.raises(nvml.UnknownMemory, match=why):
-        nvml.used(77, libcuda)
+    with pytest.raises(nvml.Unknown, match=why):
+        nvml.survey({77}, libcuda)
 
 
 def test_a_process_that_is_not_listed_is_unknown(tmp_path: Path) -> None:
-    with pytest.raises(nvml.UnknownMemory, match="does not list it"):
-        nvml.used(76, library(tmp_path))
+    assert nvml.survey({76}, library(tmp_path)).used(76) is None
 
 
 def test_without_nvml_the_loaders_reason_is_given(tmp_path: Path) -> None:
-    with pytest.raises(nvml.UnknownMemory, match=r"libnvidia-ml\.so\.1: cannot open"):
-        nvml.used(77, str(tmp_path / "libcuda.so.1"))
+    with pytest.raises(nvml.Unknown, match=r"libnvidia-ml\.so\.1: cannot open"):
+        nvml.survey({77}, str(tmp_path / "libcuda.so.1"))
 
 
 def test_a_suspended_process_had_what_it_held(
@@ -142,8 +159,8 @@ def test_a_nvml_that_fails_or_hangs_is_no_reason_to_give_up(
 
     class Deaf(Driver):
         def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> object:  # type: ignore[override]
-            if action == "memory":
-                raise CallAbandoned(f"pid {pid}: memory did not come back")
+            if action == "survey":
+                raise CallAbandoned(f"pid {pid}: survey did not come back")
             return super().call(action, pid, timeout=timeout, argument=argument)
 
     driver = Deaf(sys.executable, str(board.kit.libcuda))

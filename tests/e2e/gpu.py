@@ -62,12 +62,41 @@ def gpu_of(node: Node, **options: Any) -> SimGpu:
     return gpu
 
 
-def configure(node: Node, **settings: Any) -> None:
-    """Writes the node's grit.toml, with `settings` under [grit]. CRIU's CUDA plugin is named in
-    any case, so that the plugin engine can be asked for."""
+def configure(node: Node, runtime: str = "", **settings: Any) -> None:
+    """Writes the node's grit.toml, with `settings` under [grit] and another `runtime` than runc.
+    CRIU's CUDA plugin is named in any case, so that the plugin engine can be asked for."""
     settings = {"plugin_dir": CUDA_PLUGIN, **settings}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-    node.path(CONFIG).write_text("[grit]\n" + "".join(lines))
+    binary = f"BinaryName = {json.dumps(runtime)}\n" if runtime else ""
+    node.path(CONFIG).write_text(f"{binary}[grit]\n" + "".join(lines))
+
+
+KERNEL_DRIVER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.mount(b"tmpfs", b"/proc/driver", b"tmpfs", 0, b"mode=0755"):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.makedirs("/proc/driver/nvidia/gpus")
+version = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Release Build\\n"
+open("/proc/driver/nvidia/version", "w").write(version)
+for number, gpu in enumerate(sys.argv[1:]):
+    uuid, name = gpu.split(" ", 1)
+    directory = f"/proc/driver/nvidia/gpus/0000:{number:02x}:00.0"
+    os.mkdir(directory)
+    with open(f"{directory}/information", "w") as file:
+        file.write(f"Model: \\t\\t {name}\\nGPU UUID: \\t {uuid}\\nDevice Minor: \\t {number}\\n")
+"""
+
+
+def kernel_driver(node: Node, *names: str) -> None:
+    """Gives the node a /proc/driver/nvidia, with GPUs of these types."""
+    gpus = [f"{uuid(number)} {name}" for number, name in enumerate(names)]
+    node.run(["python3", "-c", KERNEL_DRIVER, *gpus])
+
+
+def uuid(number: int) -> str:
+    """A simulated GPU's, as NVIDIA writes it."""
+    return f"GPU-{SimGpu.uuid(number)}"
 
 
 def grit_as_runc(node: Node) -> None:
@@ -97,12 +126,15 @@ class Job:
         *words: str,
         runtime: str = GRIT,
         options: Sequence[str] = (),
+        gpus: Sequence[int] | None = None,
     ) -> None:
-        """`words` are the workload's options, `options` those of `ctr run`."""
+        """`words` are the workload's options, `options` those of `ctr run`; `gpus` are given by
+        `--device`, None for all of the node's."""
         self.node = node
         self.gpu = gpu
         self.name = name
         self.runtime = runtime
+        self.gpus = range(gpu.gpus) if gpus is None else gpus
         # ctr 1.7 restores only containers that have runtime options.
         self.options = [f"--runtime-config-path={CONFIG}"] if runtime == GRIT else []
         self.options += options
@@ -118,14 +150,14 @@ class Job:
 
     def try_run(self) -> subprocess.CompletedProcess[str]:
         """`ctr run -d`, whatever comes of it."""
-        devices = [f"--device=/dev/nvidia{number}" for number in range(self.gpu.gpus)]
+        devices = [f"--device=/dev/nvidia{number}" for number in self.gpus]
         mounts = [
             f"--mount=type=bind,src={mount['source']},dst={mount['destination']},"
             f"options={':'.join(mount['options'])}"
             for mount in self.gpu.container_mounts()
         ]
         env = [f"--env={entry}" for entry in self.gpu.container_env()]
-        flags = ["-d", *self.options, *devices, *mounts, *env]
+        flags = ["-d", *devices, *mounts, *env, *self.options]
         if "--tty" in flags:  # ctr wants to see one itself
             words = ["ctr", "run", "--runtime", self.runtime, "--cpu-shares=0", *flags]
             argv = ["python3", "-c", ON_A_TERMINAL, *words, IMAGE, self.name, *self.words]

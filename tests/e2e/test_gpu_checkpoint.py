@@ -58,6 +58,27 @@ def test_checkpoint_goes_on(gpu_node: Place, start_job: StartJob, images: str, e
     assert node.path(images).stat().st_mode & 0o777 == 0o700
 
 
+def test_a_child_forked_after_cuda_came_up(
+    gpu_node: Place, start_job: StartJob, images: str, engine: str
+) -> None:
+    """As PyTorch's data loaders are: CRIU would refuse it for what it inherited of the GPU."""
+    node, _ = gpu_node
+    configure(node, engine=engine)
+    job = start_job("--kind", "fork", runtime=honouring(node))
+    job.checkpoint_task(images)
+    child = f"{STATUS}.mainc"
+    before = job.next_report(), job.next_report(child)
+    job.checkpoint_task(f"{images}2", "--exit")
+    job.save_rootfs(diff_beside(images))
+    job.end()
+    node.run(["rm", "-r", images])
+    node.run(["mv", f"{images}2", images])
+    again = restored_by_annotation(start_job, images)
+    go_on(before[0], again.next_report())
+    go_on(before[1], again.next_report(child))
+    node.run(["rm", "-r", images])
+
+
 def test_checkpoint_into_content_store(gpu_node: Place, start_job: StartJob, engine: str) -> None:
     """Where no image path reaches the shim (containerd 1.7 under any name but runc's), or none is
     given, the images end up where containerd takes them from."""

@@ -98,18 +98,21 @@ def tmpfs(node: Node, where: str, size: str) -> Iterator[None]:
     umount = f"{libc} sys.exit(libc.umount2(words[0], 0) and 1)"
     node.path(where).mkdir(exist_ok=True)
     node.run(["python3", "-c", mount, where, f"size={size}"])
-    yield
-    node.run(["python3", "-c", umount, where])
+    try:
+        yield
+    finally:
+        node.run(["python3", "-c", umount, where])
 
 
 def test_image_directory_full(
     gpu_node: Place, start_job: StartJob, images: str, engine: str
 ) -> None:
-    """It is a mount point, besides: the draft lies within, and goes when it fails."""
+    """It is a mount point, besides: the draft lies within, and goes when it fails. There is room
+    for the bytes, so that nothing is said beforehand, but not for so many files."""
     node, _ = gpu_node
     configure(node, engine=engine)
     job = start_job(runtime=honouring(node))
-    with tmpfs(node, images, "1m"):
+    with tmpfs(node, images, "64m,nr_inodes=12"):
         told = fails(job, images)
         assert "is full" in told
     with tmpfs(node, images, "64m"):

@@ -30,6 +30,13 @@ def until(what: str, probe: Callable[[], T], seconds: float = 60.0, every: float
     return answer
 
 
+def same(before: Line, after: Line) -> None:
+    """Two reports of hold.py: the same tensors, on the GPU and off it, further on."""
+    assert after["counter"] > before["counter"]
+    for name in ("sum", "ballast", "cpu"):
+        assert after[name] == before[name], name
+
+
 class Job:
     """One container from its start to its removal, checkpoints and restores in between."""
 

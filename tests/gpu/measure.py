@@ -58,12 +58,14 @@ def checkpoint(job: Job, images: str) -> Row:
         seconds = time.monotonic() - begun
         job.next()
     row = described(job.machine.path(images))
+    thawed = logged(job.machine, "thawed", job.name)
     resumed = logged(job.machine, "GPU resumed", job.name)
     copied = row["device"] / 1e9
     return {
         **row,
         "checkpoint": seconds,
         "frozen": frozen.seconds,
+        "thaw": number(thawed, "seconds"),
         "restore": number(resumed, "restore"),
         "unlock": number(resumed, "unlock"),
         "pause": pause(job.lines()[max(lines - 1, 0) :]),
@@ -101,7 +103,7 @@ def described(images: Path) -> Row:
         "device": sum(process["device_bytes"] for process in processes),
         "lock": longest(steps, "lock"),
         "copy": longest(steps, "checkpoint"),
-        **{name: phases.get(name) for name in ("suspend", "freeze", "dump", "checksums", "thaw")},
+        **{name: phases.get(name) for name in ("suspend", "freeze", "dump", "checksums")},
         "files": len(files),
         "bytes": sum(files.values()),
         "biggest": biggest,

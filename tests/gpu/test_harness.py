@@ -66,7 +66,8 @@ def test_a_job_there_and_back(tmp_path: Path) -> None:
     assert row["biggest"].startswith("pages-")
     assert row["biggest_bytes"] > DEVICE_BYTES
     assert 0 < row["frozen"] < row["pause"] < row["checkpoint"]
-    for step in ("lock", "copy", "dump", "restore", "unlock", "restored", "criu_restore"):
+    steps = ("lock", "copy", "freeze", "dump", "checksums", "thaw", "restore", "unlock")
+    for step in (*steps, "restored", "criu_restore", "restore_after", "unlock_after"):
         assert row[step] is not None, step
     is_kept(tmp_path, row)
 

@@ -10,6 +10,7 @@ need() { # need COMMAND PACKAGE
 need mmdebstrap mmdebstrap
 need gcc gcc
 need git git
+need openssl openssl
 need nsenter util-linux
 [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"

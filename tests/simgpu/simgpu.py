@@ -268,8 +268,9 @@ class SimGpu:
 
         Words, separated by commas: `OP=CODE` and `OP=hang` for OP in getstate, lock, checkpoint,
         restore, unlock; `alloc=CODE`; `lock=never`; `checkpoint=failed`, `restore=failed`,
-        `unlock=failed` (error 304 and the state FAILED); `speed=BYTES_PER_S` for the copies. They
-        replace the words given before; an empty string ends them.
+        `unlock=failed` (error 304 and the state FAILED); `checkpoint=hidden` (a copy that is made,
+        but not in memory of the process's own); `speed=BYTES_PER_S` for the copies. They replace
+        the words given before; an empty string ends them.
         """
         name = "all" if pid is None else self.library.token_of(pid)
         draft = self.directory / "control/.draft"
@@ -281,6 +282,16 @@ class SimGpu:
             entry.unlink()
 
     @contextmanager
+    def mode(self, word: str) -> Iterator[None]:
+        """NVML says meanwhile that all processes run on "mig" instances, or as "mps" clients."""
+        file = self.directory / "mode"
+        file.write_text(word)
+        try:
+            yield
+        finally:
+            file.unlink()
+
+    @contextmanager
     def faulty(self, words: str, pid: int | None = None) -> Iterator[None]:
         self.fault(words, pid)
         try:
@@ -288,13 +299,14 @@ class SimGpu:
         finally:
             self.end_faults()
 
-    def owners(self) -> dict[int, int]:
-        """Bytes of device memory held, by host pid of the living owner. Empty: nothing leaked.
+    def owners(self, *gpus: int) -> dict[int, int]:
+        """Bytes of device memory held on these GPUs, or on all, by host pid of the living owner.
+        Empty: nothing leaked.
 
         A process with its GPU attached but no memory is there with 0 bytes.
         """
         held: dict[int, int] = {}
-        for gpu in range(self.gpus):
+        for gpu in gpus or range(self.gpus):
             with open(self.directory / f"gpu{gpu}/table", "rb") as table:
                 table.seek(HEADER_BYTES)
                 slots = struct.unpack(f"<{self.capacity // PAGE}I", table.read())

@@ -463,7 +463,21 @@ def small_gpu(kit: Kit, tmp_path: Path) -> SimGpu:
     return SimGpu(tmp_path / "small", kit, capacity=8 * MIB).create()
 
 
-def test_restore_needs_room_and_the_dead_make_room(small_gpu: SimGpu, tmp_path: Path) -> None:
+def test_the_dead_make_room(small_gpu: SimGpu, tmp_path: Path) -> None:
+    six = ["--bytes", str(6 * MIB)]
+    one = Workload(small_gpu, tmp_path / "one", *six)
+    suspend(small_gpu, one.pid)
+    other = Workload(small_gpu, tmp_path / "other", *six)
+    other.kill()
+    try:
+        resume(small_gpu, one.pid)
+        one.goes_on()
+    finally:
+        one.kill()
+
+
+def test_a_restore_without_room_is_the_last_one(small_gpu: SimGpu, tmp_path: Path) -> None:
+    """As on the real driver (docs/gpu.md)."""
     six = ["--bytes", str(6 * MIB)]
     one = Workload(small_gpu, tmp_path / "one", *six)
     suspend(small_gpu, one.pid)
@@ -473,8 +487,8 @@ def test_restore_needs_room_and_the_dead_make_room(small_gpu: SimGpu, tmp_path: 
         assert small_gpu.library.state(one.pid) == (SUCCESS, CHECKPOINTED)
         assert small_gpu.owners() == {other.pid: 6 * MIB}
         other.kill()
-        resume(small_gpu, one.pid)
-        one.goes_on()
+        assert small_gpu.library.restore(one.pid) == OPERATING_SYSTEM
+        assert small_gpu.library.state(one.pid) == (SUCCESS, CHECKPOINTED)
     finally:
         one.kill()
         other.kill()
@@ -503,13 +517,11 @@ def test_restore_onto_other_gpus(kit: Kit, tmp_path: Path) -> None:
         assert gpu.library.restore(work.pid, [(a, b), (b, a)]) == SUCCESS
         assert gpu.library.unlock(work.pid) == SUCCESS
         work.goes_on()
-        # Its GPU is now the other one. Where the first has no room, it is still to be had there.
+        # Its GPU is now the other one, and the first has no room.
         suspend(gpu, work.pid)
         other = Workload(gpu, tmp_path / "other", *six)
         try:
             assert gpu.library.restore(work.pid, [(b, a), (a, b)]) == OUT_OF_MEMORY
-            resume(gpu, work.pid)
-            work.goes_on()
         finally:
             other.kill()
     finally:

@@ -151,7 +151,7 @@ def test_refused_for_mounts(places: list[Kubelet]) -> None:
     one = a.gpu_pod("train", mounts={"/data": "/srv/data"}).run()
     one.next_report()
     moved(one, b)
-    assert "mounts that the container to be restored lacks: /data" in start_refused(b)
+    assert "had mounts that this one is not given: /data" in start_refused(b)
     b.gpu_pod("train", annotations=NOTES, mounts={"/data": "/srv/data"}).run().next_report()
 
 

@@ -116,7 +116,12 @@ CUresult board_attach(struct sim_gpu *g, int board)
     snprintf(dev, sizeof dev, "%s%d", dev_prefix, board);
     g->dev_fd = open(dev, O_RDWR | O_CLOEXEC);
     g->npages = header.npages;
-    if (g->memory_fd < 0 || g->dev_fd < 0 || !table_begin(g)) {
+    if (g->dev_fd < 0) { /* not given to this container, or its device controller says no */
+        close_fd(&g->memory_fd);
+        close_fd(&g->table_fd);
+        return CUDA_ERROR_NO_DEVICE;
+    }
+    if (g->memory_fd < 0 || !table_begin(g)) {
         close_fd(&g->dev_fd);
         close_fd(&g->memory_fd);
         close_fd(&g->table_fd);
@@ -170,8 +175,7 @@ void board_close_inherited(void)
     for (int i = 0; i < SIM_MAX_GPUS; i++) {
         struct sim_gpu *g = &sim_gpus[i];
         if (!g->used)
-            continue;
-        close_fd(&g->dev_fd);
+            continue; /* the device stays open in the child, as the real driver leaves it */
         close_fd(&g->memory_fd);
         close_fd(&g->table_fd);
     }

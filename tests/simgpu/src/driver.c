@@ -58,10 +58,12 @@ static CUresult op_lock(uint32_t timeout_ms, struct fault fault)
     return CUDA_SUCCESS;
 }
 
-/* The region, between two guard pages so that it never merges with a neighbour. */
-static bool region_map(size_t bytes)
+/* The region, between two guard pages so that it never merges with a neighbour. A hidden one is no
+ * memory of the process's own, as that of a driver that keeps the copy elsewhere. */
+static bool region_map(size_t bytes, bool hidden)
 {
-    char *base = mmap(NULL, bytes + 2 * GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int kind = hidden ? MAP_SHARED : MAP_PRIVATE;
+    char *base = mmap(NULL, bytes + 2 * GUARD, PROT_NONE, kind | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
         return false;
     if (mprotect(base + GUARD, bytes, PROT_READ | PROT_WRITE) != 0) {
@@ -129,8 +131,10 @@ static CUresult op_checkpoint(struct fault fault, uint64_t speed)
     if (sim_mailbox.state != CU_PROCESS_STATE_LOCKED)
         return CUDA_ERROR_ILLEGAL_STATE;
     size_t bytes = mapped_bytes();
-    if (!region_map(bytes ? bytes : SIM_PAGE))
+    if (!region_map(bytes ? bytes : SIM_PAGE, fault.kind == FAULT_HIDDEN))
         return CUDA_ERROR_OPERATING_SYSTEM;
+    if (fault.kind == FAULT_HIDDEN)
+        fault.kind = FAULT_NONE;
     CUresult rc = copy_all(false, fault.kind ? bytes / 2 : bytes, speed);
     if (rc == CUDA_SUCCESS && fault.kind)
         rc = fail(fault);
@@ -189,14 +193,18 @@ static CUresult attach_all(const struct mail_call *call)
 
 static CUresult op_restore(const struct mail_call *call, struct fault fault, uint64_t speed)
 {
+    static bool ran_out; /* no restore works after one that did (H100, r580) */
     uint8_t old[SIM_MAX_GPUS][16];
 
     if (sim_mailbox.state != CU_PROCESS_STATE_CHECKPOINTED)
         return CUDA_ERROR_ILLEGAL_STATE;
+    if (ran_out)
+        return CUDA_ERROR_OPERATING_SYSTEM;
     for (int i = 0; i < SIM_MAX_GPUS; i++)
         memcpy(old[i], sim_gpus[i].uuid, 16);
     size_t bytes = mapped_bytes();
     CUresult rc = attach_all(call);
+    ran_out = rc == CUDA_ERROR_OUT_OF_MEMORY;
     if (rc == CUDA_SUCCESS)
         rc = copy_all(true, fault.kind ? bytes / 2 : bytes, speed);
     if (rc == CUDA_SUCCESS && fault.kind)

@@ -45,6 +45,8 @@ static void apply_word(struct faults *f, const char *word)
             fault->kind = FAULT_HANG;
         else if (strcmp(value, "failed") == 0)
             fault->kind = FAULT_FAILED;
+        else if (strcmp(value, "hidden") == 0)
+            fault->kind = FAULT_HIDDEN;
         else {
             fault->code = (CUresult)strtoul(value, NULL, 10);
             fault->kind = fault->code ? FAULT_CODE : FAULT_NONE;

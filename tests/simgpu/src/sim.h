@@ -62,7 +62,7 @@ CUresult board_copy(struct sim_gpu *g, uint64_t offset, void *buf, size_t n, boo
 
 enum sim_op { OP_GETSTATE = 1, OP_LOCK, OP_CHECKPOINT, OP_RESTORE, OP_UNLOCK, OP_ALLOC, OP_COUNT };
 
-enum fault_kind { FAULT_NONE = 0, FAULT_CODE, FAULT_NEVER, FAULT_HANG, FAULT_FAILED };
+enum fault_kind { FAULT_NONE = 0, FAULT_CODE, FAULT_NEVER, FAULT_HANG, FAULT_FAILED, FAULT_HIDDEN };
 
 struct fault {
     enum fault_kind kind;

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <linux/io_uring.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -20,6 +21,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,7 +34,7 @@ static struct {
     unsigned tick_ms, busy_ms;
     unsigned long ticks; /* 0 = no end */
     char status[256], token_file[256], flock_file[256], fcntl_file[256], procs[256];
-    bool tcp;
+    bool tcp, io_uring;
     char kind[16];
 } opt = {.bytes = 4 << 20, .cpu_bytes = 1 << 20, .seed = 1, .tick_ms = 100, .status = "-",
          .kind = "ctx"};
@@ -405,7 +407,8 @@ static void copy_word(char *to, size_t size, const char *from)
 static const char usage[] =
     "simgpu-workload [--kind ctx|init|map|cpu|newpid|fork|churn] [--procs KIND,KIND,...]\n"
     "  [--bytes N] [--cpu-bytes N] [--seed N] [--tick-ms N] [--busy-ms N] [--ticks N] [--name S]\n"
-    "  [--status FILE|-] [--token-file FILE] [--tcp] [--flock FILE] [--fcntl-lock FILE]\n";
+    "  [--status FILE|-] [--token-file FILE] [--tcp] [--flock FILE] [--fcntl-lock FILE]\n"
+    "  [--io-uring]\n";
 
 static void parse(int argc, char **argv)
 {
@@ -414,7 +417,8 @@ static void parse(int argc, char **argv)
         {"tick-ms", 1, 0, 't'}, {"busy-ms", 1, 0, 'B'},    {"ticks", 1, 0, 'n'},
         {"status", 1, 0, 'o'},  {"token-file", 1, 0, 'f'}, {"flock", 1, 0, 'l'},
         {"procs", 1, 0, 'p'},   {"fcntl-lock", 1, 0, 'L'}, {"tcp", 0, 0, 'T'},
-        {"kind", 1, 0, 'k'},    {"name", 1, 0, 'N'},       {0},
+        {"kind", 1, 0, 'k'},    {"name", 1, 0, 'N'},       {"io-uring", 0, 0, 'U'},
+        {0},
     };
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;)
         switch (c) {
@@ -432,6 +436,7 @@ static void parse(int argc, char **argv)
         case 'k': copy_word(opt.kind, sizeof opt.kind, optarg); break;
         case 'N': copy_word(name, sizeof name, optarg); break;
         case 'T': opt.tcp = true; break;
+        case 'U': opt.io_uring = true; break;
         default: fputs(usage, stderr); exit(2);
         }
 }
@@ -451,6 +456,11 @@ int main(int argc, char **argv)
     start_children(argv);
     if (opt.tcp)
         tcp_open();
+    if (opt.io_uring) {
+        struct io_uring_params params = {0};
+        if (syscall(SYS_io_uring_setup, 4, &params) < 0)
+            die("io_uring: %s", strerror(errno));
+    }
     locks_take();
     run_kind(argv);
     return 0;
