@@ -1,5 +1,10 @@
 """nerdctl's two sequences, replayed call by call, under both names by which grit can be run
-(nerdctl: pkg/cmd/checkpoint/create.go, pkg/taskutil/taskutil.go)."""
+(nerdctl: pkg/cmd/checkpoint/create.go, pkg/taskutil/taskutil.go).
+
+nerdctl asks for `exit` of runtimes named runc only, and cannot name a shim's path. So grit stands
+where containerd looks for the stock shim: 1.7 in its PATH, 2.1 beside its own program, where the
+stock shim gives way to it and is found in the PATH.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shim import messages
-from tests.e2e.gpu import GRIT, STOCK, configure, go_on, until
+from tests.e2e.conftest import running
+from tests.e2e.gpu import (
+    GRIT,
+    GRIT_AS_RUNC,
+    NO_GPU_CHECK,
+    STOCK,
+    configure,
+    go_on,
+    gpu_of,
+    grit_as_runc,
+    kit_binds,
+    until,
+)
 from tests.e2e.pods.services import Services
-from tests.nodes.node import SOCKET
+from tests.nodes.installed import SHIM
+from tests.nodes.node import CONFIG_WITHOUT_CRI, ENVIRONMENT, SOCKET
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -24,6 +42,26 @@ if TYPE_CHECKING:
     StartJob = Callable[..., Job]
 
 PAUSED = 4
+CHECKPOINT = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
+ELSEWHERE = "/usr/libexec/stock-shim"
+
+
+@pytest.fixture(scope="module", params=["13", "forky"])
+def gpu_node(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Nodes of this module's own: the name of the stock shim is grit's there, everywhere."""
+    cgroup = {"13": "v1", "forky": "v2"}[request.param]
+    path = f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}:{ELSEWHERE}"
+    env = {**NO_GPU_CHECK, "PATH": path}
+    options = {"cgroup": cgroup, "binds": kit_binds(), "env": env}
+    with running(request.param, config=CONFIG_WITHOUT_CRI, **options) as node:
+        if node.containerd_version < (2, 0):
+            grit_as_runc(node)
+        else:
+            node.path(ELSEWHERE).mkdir(parents=True)
+            stock = "/usr/bin/containerd-shim-runc-v2"
+            node.run(["mv", stock, f"{ELSEWHERE}/"])
+            node.run(["ln", "-s", SHIM, stock])
+        yield node, gpu_of(node, capacity=16 << 20)
 
 
 @pytest.fixture
@@ -59,7 +97,8 @@ class Nerdctl:
                 options = messages.CheckpointOptions(exit=not leave_running)
                 type_url = messages.CHECKPOINT_OPTIONS
                 asked = {"options": {"type_url": type_url, "value": options.encode()}}
-            (saved,) = self.tasks("Checkpoint", **name, **asked).descriptors
+            written = self.tasks("Checkpoint", **name, **asked).descriptors
+            (saved,) = (one for one in written if one.media_type == CHECKPOINT)
             job.node.run(["sh", "-c", f"ctr snapshots diff {job.name} > /dev/null"])
             return saved
         finally:
@@ -107,7 +146,7 @@ def test_create_and_start(
         go_on(before, job.next_report())
         job.ctr("task", "kill", "--signal", "SIGKILL", job.name)
     until("its end", lambda: job.status() == "STOPPED")
-    nerdctl.tasks("Delete", container_id=job.name)
+    job.ctr("task", "delete", job.name)
     assert board.owners() == {}
     nerdctl.start(job, saved)
     go_on(before, job.next_report())
