@@ -266,6 +266,11 @@ class Pod:
         status = self._cri("PodSandboxStatus", pod_sandbox_id=self.sandbox).status
         return str(status.network.ip)
 
+    def sandbox_state(self) -> int:
+        """0 ready, 1 not ready."""
+        status = self._cri("PodSandboxStatus", pod_sandbox_id=self.sandbox).status
+        return int(status.state)
+
     def shell(self, name: str, script: str) -> str:
         """What `sh -c` prints in the container, as by an exec probe."""
         reply = self._cri(
