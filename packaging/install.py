@@ -95,7 +95,7 @@ def commands(prefix: Path) -> dict[Path, str]:
     """The commands and the modules whose `main` they run."""
     return {
         prefix / "bin/containerd-shim-grit-v1": "shim.cli",
-        prefix / "bin/gritctl": "shim.gritctl",
+        prefix / "bin/gritctl": "shim.gritctl.cli",
         # Not in anybody's PATH but CRIU's, and only where NVIDIA's is missing.
         prefix / "lib" / NAME / "libexec/cuda-checkpoint": "shim.cuda.command",
     }

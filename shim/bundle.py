@@ -22,7 +22,8 @@ _GROUPING = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 def read_spec(bundle: str) -> dict[str, Any]:
     """The container's OCI runtime specification, `config.json`.
 
-    Raises OSError if it cannot be read, ValueError if it is not a JSON object.
+    Raises OSError if it cannot be read, ValueError if it is not a JSON object or its annotations
+    are not one.
     """
     import json
 
@@ -34,6 +35,8 @@ def read_spec(bundle: str) -> dict[str, Any]:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(spec, dict):
         raise ValueError(f"{path} is not a JSON object")
+    if not isinstance(spec.get("annotations") or {}, dict):
+        raise ValueError(f"{path}: annotations is not a JSON object")
     return spec
 
 
@@ -102,6 +105,16 @@ def criu_config_before(bundle: str, named: str | None) -> str | None:
             return file.read() or None
     except FileNotFoundError:
         return None
+
+
+def init_pid(bundle: str) -> int:
+    """The pid of the container's first process, 0 before its start: `init.pid`, which runc
+    writes for the stock shim (2.1 cmd/containerd-shim-runc-v2/process/init.go)."""
+    try:
+        with open(os.path.join(bundle, "init.pid"), encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
 
 
 def work_directory(bundle: str) -> str:

@@ -121,7 +121,8 @@ def resume(container: Container) -> None:
     if container.suspension is None or container.status() == messages.PAUSED:
         began = time.monotonic()
         container.ask("Resume")
-        log.info("thawed", id=container.id, seconds=_since(began))
+        container.phases["thaw"] = _since(began)
+        log.info("thawed", id=container.id, phase="thaw", seconds=container.phases["thaw"])
     if container.suspension is not None:
         gpu.resume(container, container.suspension)
     container.forget_pause()
@@ -166,9 +167,7 @@ def suspend_and_freeze(container: Container, images: str | None) -> None:
             late = gpu.missed(container, suspension)
             if not late:
                 container.suspension = suspension or None
-                container.phases = {"freeze": _since(began)}
-                if suspension:
-                    container.phases["suspend"] = round(suspension.seconds, 6)
+                container.froze_in = container.phases["freeze"] = _since(began)
                 return
             log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
             container.ask("Resume")
@@ -228,19 +227,35 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts, version)
             manifest.phases["dump"] = _since(began)
-            draft.publish(manifest)
+            whole = draft.publish(manifest)
+            container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
+            container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
     try:
         result = client.dump(
-            criu, opts, draft.path, work, on_notify=notified, deadline_s=settings.dump_timeout
+            criu,
+            opts,
+            draft.path,
+            work,
+            on_notify=notified,
+            deadline_s=settings.dump_timeout,
+            cancel=container.begin_dump(),
         )
     except CriuError as error:
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
+    finally:
+        container.end_dump()
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
             shutil.copy(os.path.join(work, name), os.path.dirname(work))
-    log.info("dumped", id=container.id, seconds=round(result.seconds, 3), exit=wanted.exit)
+    log.info(
+        "dumped",
+        id=container.id,
+        phase="dump",
+        seconds=round(result.seconds, 3),
+        exit=wanted.exit,
+    )
 
 
 def _criu(container: Container, plugin: bool) -> Swrk | Service:
@@ -326,7 +341,10 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         else [],
         mounts=mounts,
         devices=device_files,
-        phases=dict(container.phases),
+        phases={
+            **({"suspend": round(suspension.seconds, 6)} if suspension else {}),
+            "freeze": container.froze_in,
+        },
     )
 
 

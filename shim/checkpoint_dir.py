@@ -23,25 +23,52 @@ from shim.manifest import (
 )
 
 __all__ = [
+    "CONFIG_DUMP",
+    "CONTAINER_LOG",
+    "IMAGES",
+    "ROOTFS_DIFF",
+    "SPEC_DUMP",
+    "SUMS",
     "CheckpointDirError",
     "Draft",
     "ForeignCheckpoint",
     "ManifestError",
     "Problem",
+    "abandoned",
     "container_log",
     "find_checkpoint",
+    "image_directories",
     "is_downloaded",
     "load",
+    "remove",
     "rootfs_diff",
     "verify",
+    "verify_sums",
 ]
 
 IMAGES = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
 CONTAINER_LOG = "container.log"
+CONFIG_DUMP = "config.dump"
+SPEC_DUMP = "spec.dump"
+SUMS = "SHA256SUMS"  # of all the manifest does not speak of, and of the manifest; for sha256sum -c
 DOWNLOADED = "download-state"
 MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
+# What other tools put beside `checkpoint/`, and `remove` takes for a part of the checkpoint.
+_BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS, DOWNLOADED} | {
+    "artifacts",
+    "bind.mounts",
+    "deleted.files",
+    "devshm-checkpoint.tar",
+    "dump.log",
+    "io.kubernetes.cri-o.LogPath",
+    "network.status",
+    "stats-dump",
+    "status",
+    "status.dump",
+    "volumes",
+}
 _PARTIAL = ".grit-partial-"
 _RANDOM_BYTES = 8
 
@@ -150,13 +177,49 @@ class Draft:
         self._unlock()
         return whole
 
+    def publish_whole(self) -> None:
+        """Makes a draft that holds the layout around an image directory (or those of a pod's
+        containers) the directory `final`: with the checksums of what the manifests inside do not
+        speak of in SHA256SUMS, and everything on the disk. Raises CheckpointDirError as publish().
+        """
+        if self._lock is None:
+            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        try:
+            names = sorted(_beside(self.path))
+            sums = self._seal(names, plain=True)
+            lines = "".join(f"{sums[name].sha256}  {name}\n" for name in names)
+            _write_new(os.path.join(self.path, SUMS), lines.encode("utf-8", "surrogateescape"))
+            for name in {os.path.dirname(name) for name in names} | {""}:
+                os.chmod(os.path.join(self.path, name), 0o700)
+                _sync_directory(os.path.join(self.path, name))
+            if self._inside:
+                _must_be_empty(self.final, but=os.path.basename(self.path))
+                for name in sorted(os.listdir(self.path), key=lambda name: name == IMAGES):
+                    os.rename(os.path.join(self.path, name), os.path.join(self.final, name))
+                    self._moved.append(name)
+                os.rmdir(self.path)
+                _sync_directory(self.final)
+            else:
+                os.rename(self.path, self.final)
+                self.path = self.final
+                _sync_directory(os.path.dirname(self.final))
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+            ) from error
+        self._unlock()
+
     def discard(self) -> None:
         """Removes the draft and all in it; does nothing once published or discarded."""
         if self._lock is None:
             return
         try:
             for name in reversed(self._moved):  # the manifest first: it is what makes it whole
-                os.unlink(os.path.join(self.final, name))
+                moved = os.path.join(self.final, name)
+                if os.path.isdir(moved) and not os.path.islink(moved):
+                    _remove_tree(moved)
+                else:
+                    os.unlink(moved)
             self._moved.clear()
             if os.path.lexists(self.path):
                 _remove_tree(self.path)
@@ -191,18 +254,19 @@ class Draft:
             raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
         return sorted(names)
 
-    def _seal(self, names: list[str]) -> dict[str, File]:
+    def _seal(self, names: list[str], *, plain: bool = False) -> dict[str, File]:
         """Mode, sync, size and digest of every file, at the same time."""
         paths = {name: _sized(os.path.join(self.path, name)) for name in names}
 
         def sync() -> None:
             for path, _ in paths.values():
                 with open(path, "rb", buffering=0) as file:
-                    os.fchmod(file.fileno(), 0o600)
+                    if os.fstat(file.fileno()).st_mode & 0o777 != 0o600:
+                        os.fchmod(file.fileno(), 0o600)
                     os.fsync(file.fileno())
 
         sealed = {}
-        for name, found in digests.take(paths, also=[sync]).items():
+        for name, found in digests.take(paths, plain=plain, also=[sync]).items():
             if isinstance(found, OSError):
                 raise found
             sealed[name] = File(paths[name][1], found)
@@ -288,7 +352,7 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
         for name, found in digests.take(paths).items():
             right = manifest.files[name].sha256
             if isinstance(found, OSError):
-                problems.append(Problem(name, "checksum", f"cannot be read: {found.strerror}"))
+                problems.append(_unreadable(name, found))
             elif found != right:
                 text = f"has SHA-256 {found}; the manifest says {right}"
                 problems.append(Problem(name, "checksum", text))
@@ -322,14 +386,151 @@ def find_checkpoint(directory: str, container_name: str | None) -> str | None:
     return None
 
 
+def image_directories(directory: str) -> list[tuple[str, str]]:
+    """The image directories of the checkpoint `directory`, as (container's name, path): one with
+    the name "" where it is a single container's, one for each container of a pod. Empty if there
+    is none. Raises CheckpointDirError if the directory cannot be read."""
+    images = os.path.join(directory, IMAGES)
+    # A pod's container may itself be named "checkpoint".
+    if os.path.lexists(images) and not os.path.isdir(os.path.join(images, IMAGES)):
+        return [("", images)]
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointDirError(f"cannot read {directory}: {error.strerror}") from error
+    if INVENTORY in names or MANIFEST in names:
+        return [("", directory)]
+    places = [(name, os.path.join(directory, name, IMAGES)) for name in names if name[0] != "."]
+    return [(name, place) for name, place in places if os.path.isdir(place)]
+
+
+def verify_sums(directory: str) -> list[Problem] | None:
+    """What differs from the directory's SHA256SUMS; None where it has none.
+
+    Raises CheckpointDirError if that cannot be read or is not one."""
+    where = os.path.join(directory, SUMS)
+    try:
+        with open(where, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read(MAX_MANIFEST).splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointDirError(f"{where}: cannot be read: {error.strerror}") from error
+    wanted = {}
+    for number, line in enumerate(lines, 1):
+        digest, _, name = line.partition("  ")
+        parts = name.split("/")
+        if len(digest) != 64 or not name or ".." in parts or "" in parts:
+            raise CheckpointDirError(f"{where}, line {number}: is not a checksum and a file's name")
+        wanted[name] = digest
+
+    problems = []
+    paths = {}
+    for name in wanted:
+        try:
+            paths[name] = _sized(os.path.join(directory, name))
+        except FileNotFoundError:
+            problems.append(Problem(name, "missing", "is missing"))
+        except OSError as error:
+            problems.append(_unreadable(name, error))
+    for name, found in digests.take(paths, plain=True).items():
+        if isinstance(found, OSError):
+            problems.append(_unreadable(name, found))
+        elif found != wanted[name]:
+            text = f"has SHA-256 {found}; {SUMS} says {wanted[name]}"
+            problems.append(Problem(name, "checksum", text))
+    here = set(_beside(directory)) - {SUMS}
+    problems += [Problem(name, "extra", f"is not in {SUMS}") for name in here - set(wanted)]
+    return sorted(problems, key=lambda problem: problem.name)
+
+
+def remove(directory: str) -> None:
+    """Removes a checkpoint, damaged or whole. Under its final name it is there or it is gone, never
+    half of it. Raises CheckpointDirError, with nothing changed, where something is in it that is
+    no part of a checkpoint, or a dump is being written there."""
+    directory = os.path.realpath(directory)
+    parts = image_directories(directory)
+    if not parts:
+        raise CheckpointDirError(f"{directory} is not a checkpoint; nothing was removed")
+    if parts[0][0] and not os.path.exists(os.path.join(directory, SUMS)):
+        raise CheckpointDirError(
+            f"{directory} has no {SUMS}, so it may be no pod's checkpoint but a place for several "
+            f"checkpoints: {', '.join(name for name, _ in parts[:5])}. Nothing was removed; name "
+            "those that are to go"
+        )
+    if parts != [("", directory)]:
+        foreign = _foreign(directory, {name for name, _ in parts})
+        if foreign:
+            raise CheckpointDirError(
+                f"{directory} holds what is no part of a checkpoint: {', '.join(foreign[:5])}. "
+                "Nothing was removed; move it away first"
+            )
+    for _, images in parts:
+        odd = [entry.name for entry in os.scandir(images) if entry.is_dir(follow_symlinks=False)]
+        if odd:
+            raise CheckpointDirError(
+                f"{images} holds the directory {odd[0]}, which is no part of a checkpoint, or "
+                "belongs to one that is just being written. Nothing was removed"
+            )
+    parent, base = os.path.split(directory)
+    doomed = os.path.join(parent, _partial_prefix(base) + os.urandom(_RANDOM_BYTES).hex())
+    try:
+        os.rename(directory, doomed)
+        _sync_directory(parent)
+        _remove_tree(doomed)
+    except OSError as error:
+        raise CheckpointDirError(f"cannot remove {directory}: {_reason(error)}") from error
+
+
+def abandoned(directory: str) -> list[str]:
+    """The drafts in `directory` whose owner is dead; `shutil.rmtree` may take them."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        before, mark, _ = name.partition(_PARTIAL)
+        if mark and _is_partial(name, before.removeprefix(".")):
+            path = os.path.join(directory, name)
+            lock = _open_and_lock(path, unlockable=False)
+            if lock is not None:
+                os.close(lock)
+                found.append(path)
+    return found
+
+
+def _foreign(directory: str, containers: set[str]) -> list[str]:
+    """What lies in a checkpoint's directory without being a part of it."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        if name in containers:
+            inner = _foreign(os.path.join(directory, name), set())
+            found += [os.path.join(name, one) for one in inner]
+        elif name != IMAGES and name not in _BESIDE:
+            found.append(name)
+    return found
+
+
+def _beside(directory: str) -> list[str]:
+    """The files of a checkpoint that its manifests do not speak of, and the manifests, by names
+    relative to `directory`. Image directories that we may not read (root's) are left out."""
+    found = []
+    for base, folders, files in os.walk(directory):
+        inside = os.path.relpath(base, directory)
+        names = files
+        if os.path.basename(base) == IMAGES and IMAGES not in folders:
+            folders.clear()
+            names = [name for name in files if name == MANIFEST]
+        folders[:] = [name for name in folders if not _is_partial(name, "")]
+        found += [os.path.normpath(os.path.join(inside, name)) for name in names]
+    return found
+
+
 def rootfs_diff(images: str) -> str | None:
     """`rootfs-diff.tar` beside an image directory, if there is one."""
-    return _beside(images, ROOTFS_DIFF)
+    return _lies_beside(images, ROOTFS_DIFF)
 
 
 def container_log(images: str) -> str | None:
     """`container.log` beside an image directory, if there is one."""
-    return _beside(images, CONTAINER_LOG)
+    return _lies_beside(images, CONTAINER_LOG)
 
 
 def is_downloaded(directory: str) -> bool:
@@ -338,7 +539,7 @@ def is_downloaded(directory: str) -> bool:
     return os.path.exists(os.path.join(directory, DOWNLOADED))
 
 
-def _beside(images: str, name: str) -> str | None:
+def _lies_beside(images: str, name: str) -> str | None:
     """Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
     beside them (in /tmp, say) belongs to somebody else."""
     parent, base = os.path.split(os.path.abspath(images))
@@ -363,6 +564,10 @@ def _no_manifest(directory: str) -> ManifestError:
     return ManifestError(
         f"{directory} is not a checkpoint: it has neither {MANIFEST} nor {INVENTORY}"
     )
+
+
+def _unreadable(name: str, error: OSError) -> Problem:
+    return Problem(name, "checksum", f"cannot be read: {error.strerror}")
 
 
 def _sized(path: str) -> tuple[str, int]:

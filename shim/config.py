@@ -98,6 +98,7 @@ class GritOptions(_Settings):
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
     together_timeout: float = 60.0  # seconds
+    metrics: str | None = None  # a directory, for node_exporter's textfile collector
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -203,6 +204,7 @@ _GRIT: dict[str, Check] = {
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
+    "metrics": _path,
 }
 
 # Tables at the top level, and a key that containerd leaves in the body it makes of the options.

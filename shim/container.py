@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shim.config import GritOptions
+    from shim.criu_bridge.transport import Cancel
     from shim.cuda.suspension import Suspension
     from shim.devices import Gpu
     from shim.manifest import Manifest
@@ -73,10 +74,13 @@ class Container:
     is at work on it; State, Pids and Kill never take it."""
 
     __slots__ = (
+        "_dump",
+        "_dump_guard",
         "_freezer",
         "_inner",
         "bundle",
         "config",
+        "froze_in",
         "given",
         "id",
         "lock",
@@ -89,9 +93,11 @@ class Container:
         "restore",
         "runc",
         "service",
+        "sizes",
         "suspension",
         "terminal",
         "together",
+        "trace",
     )
 
     def __init__(
@@ -120,8 +126,8 @@ class Container:
         """Whether that is so: the pod is annotated `grit.dev/together`."""
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
-        self.phases: dict[str, float] = {}
-        """Seconds that each step of the last suspension and freeze took, for the manifest."""
+        self.froze_in = 0.0
+        """Seconds that the last freeze took, for the manifest."""
         self.paused_by: int | None = None
         """The connection whose Pause has not met its Resume."""
         self.orphanable = False
@@ -130,6 +136,14 @@ class Container:
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
+        self.trace: dict[str, str] = {}
+        """The trace that the operation under way belongs to, as its caller told it."""
+        self.phases: dict[str, float] = {}
+        """Seconds that each phase of the operation under way, or of the last one, took."""
+        self.sizes: dict[str, int] = {}
+        """Bytes it moved: "device" to the host, "image" to the disk."""
+        self._dump: Cancel | None = None
+        self._dump_guard = threading.Lock()
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 
@@ -137,7 +151,7 @@ class Container:
         """One call to the inner shim about this task. Raises ttrpc.StatusError with the inner's
         words, ttrpc.ConnectionClosed if it has died."""
         message = request if request is not None else messages.TaskRequest(id=self.id)
-        return self._inner.call(self.service, method, message.encode())
+        return self._inner.call(self.service, method, message.encode(), metadata=self.trace)
 
     def status(self) -> int:
         """The task's status as the inner shim sees it (messages.RUNNING, PAUSED, ...)."""
@@ -147,6 +161,27 @@ class Container:
 
     def kill(self) -> None:
         self.ask("Kill", messages.KillRequest(id=self.id, signal=9, all=True))
+
+    def begin_dump(self) -> Cancel:
+        """What a Resume stops the dump with that is now beginning; `end_dump` is to follow."""
+        from shim.criu_bridge.transport import Cancel
+
+        with self._dump_guard:
+            self._dump = Cancel()
+            return self._dump
+
+    def end_dump(self) -> None:
+        with self._dump_guard:
+            if self._dump is not None:
+                self._dump.close()
+            self._dump = None
+
+    def give_up_dump(self) -> None:
+        """Has CRIU undo a dump that is under way; its Checkpoint call fails then. Nothing, if
+        there is none, or all of it is written."""
+        with self._dump_guard:
+            if self._dump is not None:
+                self._dump.cancel()
 
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""

@@ -21,13 +21,16 @@ _THREADS = 16
 
 
 def take(
-    paths: dict[str, tuple[str, int]], also: Iterable[Callable[[], None]] = ()
+    paths: dict[str, tuple[str, int]],
+    *,
+    plain: bool = False,
+    also: Iterable[Callable[[], None]] = (),
 ) -> dict[str, str | OSError]:
     """The digests, in hex, of files by name, each given as its path and size in bytes; or why a
     file could not be read. `also` are other jobs to be done meanwhile; what they raise is raised.
 
     SHA-256 of the contents up to BLOCK bytes, above that SHA-256 of the SHA-256s (32 bytes each)
-    of the blocks.
+    of the blocks; with `plain` the first for all.
     """
     blocks: dict[str, list[bytes]] = {}
     failures: dict[str, OSError] = {}
@@ -37,12 +40,13 @@ def take(
         path, size = paths[name]
         try:
             start = number * BLOCK
-            blocks[name][number] = _block(path, start, min(start + BLOCK, size))
+            end = size if plain else min(start + BLOCK, size)
+            blocks[name][number] = _block(path, start, end)
         except OSError as error:
             failures[name] = error
 
     for name, (_, size) in paths.items():
-        blocks[name] = [b""] * max(-(-size // BLOCK), 1)
+        blocks[name] = [b""] * (1 if plain else max(-(-size // BLOCK), 1))
         jobs += [lambda n=name, i=i: digest(n, i) for i in range(len(blocks[name]))]  # type: ignore[misc]
     in_threads([*also, *jobs])
     return {name: failures.get(name) or _whole(parts) for name, parts in blocks.items()}
@@ -92,7 +96,7 @@ def _block(path: str, start: int, end: int) -> bytes:
 
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ, max(end - start, 1))))
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         while start < end:
             count = os.preadv(fd, [buffer[: end - start]], start)

@@ -60,12 +60,16 @@ def suspend(container: Container, driver: Driver) -> Suspension:
         else:
             log.info("a forked process was freed of its parent's GPU", id=container.id, pid=pid)
     if suspension:
+        size = sum(process.device_bytes for process in suspension.processes)
+        container.phases["suspend"] = suspension.seconds
+        container.sizes["device"] = size
         log.info(
             "GPU suspended",
             id=container.id,
+            phase="suspend",
             engine=suspension.engine,
             processes=len(suspension.processes),
-            bytes=sum(process.device_bytes for process in suspension.processes),
+            bytes=size,
             seconds=round(suspension.seconds, 3),
         )
     else:
@@ -107,6 +111,17 @@ def require(container: Container, engine_name: str) -> tuple[Library, Survey]:
         return library, driver.survey([], timeout=engine.ANSWER_SECONDS)
 
 
+def choose(config: GritOptions, engine_name: str) -> str:
+    """The engine that this node would use where `engine_name` ("auto" too) is asked for. Raises
+    LibraryError, with the reason, where it cannot."""
+    from shim.cuda import engine
+
+    wanted = policy(config)
+    wanted.engine = engine_name
+    with helper(config) as driver:
+        return engine.choose(wanted, driver.library())
+
+
 def resume_restored(
     container: Container, expected: list[Process], engine_name: str, device_map: str
 ) -> list[Process]:
@@ -136,7 +151,8 @@ def _log_resumed(message: str, container: Container, processes: list[Process]) -
         )
         for step in ("restore", "unlock")
     }
-    log.info(message, id=container.id, processes=len(processes), **seconds)
+    container.phases |= {f"gpu_{step}": took for step, took in seconds.items()}
+    log.info(message, id=container.id, phase="resume", processes=len(processes), **seconds)
 
 
 def plugin_directory(config: GritOptions) -> str:

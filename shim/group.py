@@ -4,6 +4,7 @@
         config.json   the annotation by which the inner shim names its socket
         log           link to the log fifo of the first task's bundle
         answer        what the inner shim's `start` printed
+        sockets       where the inner shim may listen
         processes     "<name> <pid> <start time>" for the outer and the inner shim
         tasks/<id>    the bundle of each task, for a `delete` that finds the daemon dead
 
@@ -45,12 +46,16 @@ def prepare(group: str, grouping: str, log: str) -> None:
     import json
 
     os.makedirs(os.path.join(group, "tasks"), mode=0o700, exist_ok=True)
-    annotation = {"io.containerd.runc.v2.group": f"grit-inner-{grouping}"}
+    annotation = {"io.containerd.runc.v2.group": inner_grouping(grouping)}
     _write(os.path.join(group, "config.json"), json.dumps({"annotations": annotation}))
     link = os.path.join(group, "log")
     if os.path.lexists(link):
         os.unlink(link)
     os.symlink(log, link)
+
+
+def inner_grouping(grouping: str) -> str:
+    return f"grit-inner-{grouping}"
 
 
 def record_answer(group: str, answer: str) -> None:
@@ -60,6 +65,15 @@ def record_answer(group: str, answer: str) -> None:
 def answer(group: str) -> str:
     """What the inner shim's `start` printed, "" if it has not been started."""
     return _read(os.path.join(group, "answer"))
+
+
+def record_sockets(group: str, paths: list[str]) -> None:
+    _write(os.path.join(group, "sockets"), "\n".join(paths))
+
+
+def sockets(group: str) -> list[str]:
+    """The inner shim's sockets, whether they are there or not."""
+    return _read(os.path.join(group, "sockets")).splitlines()
 
 
 def record_process(group: str, name: str, pid: int) -> None:

@@ -40,7 +40,7 @@ def lack(container: Container, processes: list[Process]) -> str:
     if not need:
         return ""
     what = f"the device memory of {', '.join(map(str, processes))} needs {size(need)} on the host"
-    available = _available()
+    available = memory_available()
     if available < need:
         return (
             f"{what}, and the node has {size(available)} available (MemAvailable). Free memory "
@@ -91,7 +91,7 @@ def make_room_for_restore(container: Container, found: Restore, spec: dict[str, 
     The groups above are not looked at: they are not there yet."""
     pages = found.memory_bytes
     what = f"container {container.id}: {found.images} holds {size(pages)} of memory"
-    available = _available()
+    available = memory_available()
     if available < pages:
         raise NoRoom(f"{what}, and the node has {size(available)} available (MemAvailable)")
     memory = ((spec.get("linux") or {}).get("resources") or {}).get("memory") or {}
@@ -187,7 +187,7 @@ def _raise(container: Container, limit: memcg.Limit, need: int) -> None:
     log.info("memory limit raised", id=container.id, at=limit.file, was=limit.value, bytes=raised)
 
 
-def _available() -> int:
+def memory_available() -> int:
     """proc_meminfo(5) MemAvailable, in bytes."""
     with open(_MEMINFO, encoding="ascii") as file:
         for line in file:

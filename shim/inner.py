@@ -137,7 +137,7 @@ def read_options() -> bytes:
 
 
 def _memory_file(content: bytes) -> int:
-    fd = os.memfd_create("options", 0)
+    fd = os.memfd_create("options")
     os.write(fd, content)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

@@ -22,6 +22,15 @@ def socket_of(address: str) -> str:
     return address.removeprefix("unix://")
 
 
+def debug_socket(containerd: str, namespace: str, grouping: str) -> str:
+    """Where the stock shim of containerd 2.x listens for its profiler's user if it was given
+    -debug (2.1 pkg/shim/util_unix.go)."""
+    import hashlib
+
+    name = os.path.join(containerd, namespace, grouping, "debug")
+    return os.path.join(SOCKETS, hashlib.sha256(name.encode()).hexdigest())
+
+
 def group_directory(address: str) -> str:
     """The run directory of the group served at `address`: found from the address alone, so
     that `delete` finds it with nothing but the bundle in hand."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 
-from shim import bundle, cri, log, messages
+from shim import bundle, cri, log, messages, operation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from shim.container import Container
@@ -93,42 +93,53 @@ class Pod:
             and container_id not in pause.claimed
         )
 
-    def pause(self, one: Container, connection: int) -> None:
+    def pause(self, one: Container, connection: int, metadata: Mapping[str, str]) -> None:
         """Raises what `checkpoint.pause` raises, or PodError, with every container running."""
         from shim import checkpoint
 
         with self._turn:
             pause = self._pause
             if pause is None and one.together and one.status() == messages.RUNNING:
-                pause = self._pause_all(one)
+                pause = self._pause_all(one, metadata)
             elif pause is None or one.id not in pause.members or one.id in pause.claimed:
                 with one.lock:
-                    checkpoint.pause(one, connection)
+                    operation.run(
+                        one, "suspend", metadata, lambda: checkpoint.pause(one, connection)
+                    )
                 return
             pause.claim(one.id)
             one.paused_by, one.orphanable = connection, False
 
     def checkpoint(
-        self, one: Container, request: messages.CheckpointTaskRequest, connection: int
+        self,
+        one: Container,
+        request: messages.CheckpointTaskRequest,
+        connection: int,
+        metadata: Mapping[str, str],
     ) -> None:
         """Raises what `checkpoint.checkpoint` raises."""
         from shim import checkpoint, options
 
         alone = one.together and one.status() == messages.RUNNING  # no known client does so
         if alone:
-            self.pause(one, connection)
+            self.pause(one, connection, metadata)
         try:
             with one.lock:
-                checkpoint.checkpoint(one, request, connection)
+                operation.run(
+                    one,
+                    "checkpoint",
+                    metadata,
+                    lambda: checkpoint.checkpoint(one, request, connection),
+                )
             if self._pause:
                 self._pause.dumped.add(one.id)
         finally:
             if alone:
-                self.resume(one)
+                self.resume(one, metadata)
         if options.checkpoint_options(request.options).exit:
             self.forget(one)
 
-    def resume(self, one: Container) -> None:
+    def resume(self, one: Container, metadata: Mapping[str, str]) -> None:
         """Raises what `checkpoint.resume` raises, or PodError."""
         from shim import checkpoint
 
@@ -136,7 +147,7 @@ class Pod:
             pause = self._pause
             if pause is None or one.id not in pause.members:
                 with one.lock:
-                    checkpoint.resume(one)
+                    operation.run(one, "resume", metadata, lambda: checkpoint.resume(one))
                 return
             one.paused_by, one.orphanable = None, False
             pause.claimed.discard(one.id)
@@ -166,22 +177,25 @@ class Pod:
                 del pause.members[one.id]
                 self._go_on(pause)
 
-    def _pause_all(self, one: Container) -> _Pause:
+    def _pause_all(self, one: Container, metadata: Mapping[str, str]) -> _Pause:
         members = [
             other
             for other in self.containers.values()
             if other is one or (other.together and other.status() == messages.RUNNING)
         ]
         with _locked(members):
-            for _ in range(_ROUNDS):
-                failures = _suspend_then_freeze(members)
-                if not failures:
-                    self._pause = _Pause(members)
-                    return self._pause
-                done = [member for member in members if member.id not in failures]
-                left = _resume_all(done)
-                if left or not all(isinstance(e, _Again) for e in failures.values()):
-                    break
+            return operation.run(one, "suspend", metadata, lambda: self._pause_members(members))
+
+    def _pause_members(self, members: list[Container]) -> _Pause:
+        for _ in range(_ROUNDS):
+            failures = _suspend_then_freeze(members)
+            if not failures:
+                self._pause = _Pause(members)
+                return self._pause
+            done = [member for member in members if member.id not in failures]
+            left = _resume_all(done)
+            if left or not all(isinstance(e, _Again) for e in failures.values()):
+                break
         told = [str(error) for error in failures.values() if not isinstance(error, _Dropped)]
         raise PodError("; ".join([*told, *left.values(), _left_running(left)]))
 

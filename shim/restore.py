@@ -145,6 +145,7 @@ def start(container: Container) -> bytes:
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
     criu = round(time.monotonic() - began, 3)
+    container.phases["criu_restore"] = criu
     try:
         uts.give(names, messages.StartResponse.decode(reply).pid)
         _thaw(container)
@@ -156,7 +157,14 @@ def start(container: Container) -> bytes:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.given, container.restore = found.given, None
-    log.info("restored", id=container.id, images=found.images, engine=found.engine, criu=criu)
+    log.info(
+        "restored",
+        id=container.id,
+        phase="criu_restore",
+        images=found.images,
+        engine=found.engine,
+        seconds=criu,
+    )
     return reply
 
 
@@ -305,12 +313,13 @@ def _explained(container: Container, message: str) -> str:
         return message
     kept = os.path.join(places.FAILURES, f"{container.namespace}-{container.id}-restore.log")
     reason = "; ".join(filter(None, (first_error(text), explain(text))))
+    reason = reason or "CRIU's log shows no error"
     try:
         os.makedirs(places.FAILURES, mode=0o700, exist_ok=True)
         shutil.copyfile(source, kept)
     except OSError as error:
         kept = f"lost ({error.strerror})"
-    return f"{message}; {reason or 'its log shows no error'}; log: {kept}"
+    return f"{message}; {reason}; log: {kept}"
 
 
 def _kill(container: Container) -> str:

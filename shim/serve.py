@@ -1,26 +1,22 @@
 """The daemon: one per group of tasks, between containerd and the stock shim.
 
 It passes frames through and hands the few intercepted calls to `tasks`. It ends when the
-inner shim ends, since it is nothing without it, and then leaves nothing behind. Nothing slow
-may run in the proxy's loop: containerd gives up a shim that does not answer Connect in 5 s,
-and a shim given up is a container killed.
+inner shim ends, since it is nothing without it, and the inner shim ends with it; nothing is
+left behind. Nothing slow may run in the proxy's loop: containerd gives up a shim that does not
+answer Connect in 5 s, and a shim given up is a container killed.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 
-from shim import group, log, messages, places
+from shim import ending, group, log, messages
 from shim.tasks import Tasks
 from shim.ttrpc import Client, Proxy, StatusError, connect
-
-_ENDING = 1000
-"""Milliseconds for the inner shim to be gone after it has hung up."""
 
 
 def run(listener: socket.socket, home: str, namespace: str, inner_address: str) -> int:
@@ -49,7 +45,7 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
         log.error("the shim's daemon failed; its tasks end with it", error=repr(error))
         return 1
     finally:
-        _leave(home, address, inner_address)
+        _leave(home, address)
     return 0
 
 
@@ -81,33 +77,12 @@ def _rank_for_oom() -> None:
         pass  # not permitted in a restricted user namespace; ranking is a courtesy
 
 
-def _leave(home: str, address: str, inner_address: str) -> None:
-    """Removes the sockets and the group's records, unless `delete` was quicker and the group has
-    begun again, or the inner shim lives on and `delete` has its tasks to end.
-
-    The inner shim of containerd 2.x leaves its socket, as it looks for it under another name
-    (2.1 pkg/shim/util_unix.go).
-    """
+def _leave(home: str, address: str) -> None:
+    """Ends the inner shim if it lives on, with what tasks it has: a `delete` that comes now finds
+    us alive and leaves that to us. Then removes the socket and the group's records, unless a
+    `delete` was quicker and the group has begun again."""
     lock = group.lock(home)
-    ours = group.living_process(home, "outer") in (0, os.getpid())
-    if ours and not _lives_on(group.living_process(home, "inner")):
+    if group.living_process(home, "outer") in (0, os.getpid()):
+        ending.end(home)
         group.unlink(address)
-        group.unlink(places.socket_of(inner_address))
-        group.remove(home)
     os.close(lock)
-
-
-def _lives_on(pid: int) -> bool:
-    """Whether a process is there to stay: one that closed its connections may be ending still."""
-    if not pid:
-        return False
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    try:
-        poll = select.poll()
-        poll.register(process, select.POLLIN)
-        return not poll.poll(_ENDING)
-    finally:
-        os.close(process)

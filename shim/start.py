@@ -48,6 +48,7 @@ def run(call: Invocation) -> int:
         wanted = options.for_inner(inner.read_options())
         inner_answer = inner.start(binary, call.argv, home, wanted, _load_daemon)
         group.record_answer(home, inner_answer)
+        group.record_sockets(home, _inner_sockets(call, grouping, inner_answer))
         daemon = os.fork()
     except BaseException:
         os.unlink(places.socket_of(address))
@@ -70,6 +71,12 @@ def _address(containerd: str, namespace: str, grouping: str) -> str:
 
     text = os.path.join(containerd, namespace, "grit", grouping)
     return f"unix://{places.SOCKETS}/{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _inner_sockets(call: Invocation, grouping: str, answer: str) -> list[str]:
+    inner_grouping = group.inner_grouping(grouping)
+    debug = places.debug_socket(call.get("address"), call.get("namespace"), inner_grouping)
+    return [places.socket_of(bundle.address_in(answer)), debug]
 
 
 def _listen(path: str) -> socket.socket | None:

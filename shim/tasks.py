@@ -7,7 +7,7 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import bundle, container, group, log, messages, pod
+from shim import bundle, container, group, log, messages, operation, pod
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -92,13 +92,13 @@ class Tasks:
         from shim import restore
 
         with one.lock:
-            return restore.start(one)
+            return operation.run(one, "restore", call.metadata, lambda: restore.start(one))
 
     def _pause(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
-        self._pod.pause(one, call.connection)
+        self._pod.pause(one, call.connection, call.metadata)
         self._check_caller(one, call)
         return b""
 
@@ -108,7 +108,7 @@ class Tasks:
         if one is None:
             return FORWARD
         try:
-            self._pod.checkpoint(one, request, call.connection)
+            self._pod.checkpoint(one, request, call.connection, call.metadata)
         finally:
             self._check_caller(one, call)
         return b""
@@ -123,7 +123,8 @@ class Tasks:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
-        self._pod.resume(one)
+        one.give_up_dump()  # a client that resumes in the middle of its dump does not want it
+        self._pod.resume(one, call.metadata)
         return b""
 
     def _state(self, call: Call) -> bytes:

@@ -88,3 +88,15 @@ def test_processes_of_groups_below_count(tmp_path: Path) -> None:
     (tmp_path / "below/cgroup.procs").write_text("9\n")
     assert sorted(cgroup.processes(str(tmp_path))) == [7, 9]
     assert cgroup.processes(str(tmp_path / "gone")) == []
+
+
+def test_the_criu_configuration_of_a_restore_is_not_that_of_the_next_dump(tmp_path: Path) -> None:
+    place = str(tmp_path)
+    ours = f"{place}/{bundle.RESTORE_CONFIG}"
+    assert bundle.criu_config_before(place, "/etc/criu/runc.conf") == "/etc/criu/runc.conf"
+    assert bundle.criu_config_before(place, None) is None
+    assert bundle.criu_config_before(place, ours) is None  # nothing was noted
+    bundle.replace(f"{place}/{bundle.BASE_CONFIG}", "/etc/criu/mine.conf", mode=0o600)
+    assert bundle.criu_config_before(place, ours) == "/etc/criu/mine.conf"
+    bundle.replace(f"{place}/{bundle.BASE_CONFIG}", "", mode=0o600)  # the annotation was empty
+    assert bundle.criu_config_before(place, ours) is None

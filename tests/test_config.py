@@ -46,6 +46,7 @@ on_missing_checkpoint = "fail"
 on_mismatch = "warn"
 download_timeout = 300
 together_timeout = 120
+metrics = "/var/lib/metrics"
 """
 
 
@@ -89,6 +90,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         on_mismatch="warn",
         download_timeout=300.0,
         together_timeout=120.0,
+        metrics="/var/lib/metrics",
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)

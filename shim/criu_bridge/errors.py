@@ -43,8 +43,12 @@ _ERROR = re.compile(
 )
 
 # Lines that CRIU calls errors and goes on after: it tries for more descriptors than a process
-# without CAP_SYS_RESOURCE may have (util.c), and, once after boot, for a tun device (kerndat.c).
-_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|tun: Unable to create tun")
+# without CAP_SYS_RESOURCE may have (util.c), once after boot for a tun device (kerndat.c), and its
+# CUDA plugin asks about every process, most of which are none of its business (cuda_plugin.c).
+_HARMLESS = re.compile(
+    r"rlimit: Can't setup RLIMIT_NOFILE|tun: Unable to create tun"
+    r"|cuda_plugin: Failed to launch cuda-checkpoint to retrieve restore tid: .*: no CUDA"
+)
 
 # The part of a log that is read: errors come at the end, yet the first of them may precede
 # megabytes of clean-up lines.
@@ -171,6 +175,11 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         r"No mapping for .* mountpoint",
         "the images expect an external mount that the container to be restored does not have",
+    ),
+    # criu/namespaces.c
+    (
+        r"Can't dump nested pid namespace",
+        "a process is in a pid namespace of its own within the container, which CRIU cannot dump",
     ),
     # criu/tty.c, criu/pstree.c
     (

@@ -23,9 +23,11 @@ from shim.protowire import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TypeVar
 
     M = TypeVar("M", bound=Message)
+    T = TypeVar("T")
 
 _COMMON_MAGIC = 0x54564319
 _SERVICE_MAGIC = 0x55105940
@@ -111,18 +113,18 @@ def parse_inventory(data: bytes) -> Inventory:
     records = _records(data, _INVENTORY_MAGIC)
     if len(records) != 1:
         raise ImageError(f"an inventory has one record, this has {len(records)}")
-    return _decode(Inventory, records[0])
+    return decode(Inventory, records[0])
 
 
 def parse_pstree(data: bytes) -> list[Process]:
     """The content of pstree.img: parents before children. Raises ImageError."""
-    return [_decode(Process, record) for record in _records(data, _COMMON_MAGIC, _PSTREE_MAGIC)]
+    return [decode(Process, record) for record in _records(data, _COMMON_MAGIC, _PSTREE_MAGIC)]
 
 
 def parse_dump_stats(data: bytes) -> DumpStats:
     """The content of stats-dump, which CRIU writes into its work directory. Raises ImageError."""
     records = _records(data, _SERVICE_MAGIC, _STATS_MAGIC)
-    stats = _decode(_Stats, records[0]).dump if records else None
+    stats = decode(_Stats, records[0]).dump if records else None
     if stats is None:
         raise ImageError("no statistics of a dump in it")
     return stats
@@ -136,7 +138,7 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     records = _records(data, _COMMON_MAGIC, _PAGEMAP_MAGIC)
     if not records:
         raise ImageError("a pagemap without a head")
-    head = _decode(_PagemapHead, records[0])
+    head = decode(_PagemapHead, records[0])
     low = min((start for start, _ in ranges), default=0)
     high = max((end for _, end in ranges), default=0)
     total = 0
@@ -145,7 +147,7 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     for record in records[max(first, 1) :]:
         if _first_varint(record) >= high:
             break
-        entry = _decode(_PagemapEntry, record)
+        entry = decode(_PagemapEntry, record)
         start = entry.vaddr or 0
         end = start + (entry.nr_pages or entry.nr_pages_32 or 0) * _PAGE
         if (entry.flags or 0) & _PRESENT:
@@ -160,7 +162,7 @@ def pages_within(images_dir: str, pid: int, ranges: list[tuple[int, int]]) -> tu
 
 def inventory(images_dir: str) -> Inventory:
     """Raises ImageError where the directory holds no CRIU images."""
-    return parse_inventory(_read(images_dir, "inventory.img"))
+    return _named(images_dir, "inventory.img", parse_inventory)
 
 
 def plugins(images_dir: str) -> list[str] | None:
@@ -171,7 +173,7 @@ def plugins(images_dir: str) -> list[str] | None:
 
 
 def processes(images_dir: str) -> list[Process]:
-    return parse_pstree(_read(images_dir, "pstree.img"))
+    return _named(images_dir, "pstree.img", parse_pstree)
 
 
 def dump_stats(work_dir: str) -> DumpStats:
@@ -198,6 +200,29 @@ def sizes(images_dir: str) -> Sizes:
         biggest=biggest,
         biggest_bytes=files[biggest],
     )
+
+
+def read_records(images_dir: str, name: str, magic: int) -> list[bytes]:
+    """The records of the image `name`, whose own magic is `magic`. Raises ImageError naming it."""
+    return _named(images_dir, name, lambda data: _records(data, _COMMON_MAGIC, magic))
+
+
+def read(images_dir: str, name: str, kind: type[M], magic: int) -> list[M]:
+    """The same, each record decoded."""
+    return _named(
+        images_dir,
+        name,
+        lambda data: [decode(kind, record) for record in _records(data, _COMMON_MAGIC, magic)],
+    )
+
+
+def _named(directory: str, name: str, parse: Callable[[bytes], T]) -> T:
+    """Errors are about a file: they say which."""
+    data = _read(directory, name)
+    try:
+        return parse(data)
+    except ImageError as err:
+        raise ImageError(f"{os.path.join(directory, name)}: {err}") from err
 
 
 def _records(data: bytes, *magics: int) -> list[bytes]:
@@ -233,7 +258,8 @@ def _u32(data: bytes, position: int) -> tuple[int, int]:
     return int.from_bytes(data[position:end], "little"), end
 
 
-def _decode(kind: type[M], data: bytes) -> M:
+def decode(kind: type[M], data: bytes) -> M:
+    """One record as a message. Raises ImageError."""
     try:
         return kind.decode(data)
     except DecodeError as err:

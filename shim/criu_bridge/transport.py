@@ -232,9 +232,18 @@ class Connection:
         self.close()
 
 
+def dumps(criu: int, pid: int) -> bool:
+    """Whether process `criu` is a CRIU, of whatever name, that dumps `pid`: it then calls itself
+    "criu: dump --rpc -t PID" (cr-service.c: setproctitle), and 4.1 adds "-D DIRECTORY"."""
+    try:
+        with open(f"/proc/{criu}/cmdline", "rb") as file:
+            words = file.read().replace(b"\0", b" ").split()
+    except OSError:
+        return False
+    return words[:5] == [b"criu:", b"dump", b"--rpc", b"-t", b"%d" % pid]
+
+
 def _kill_worker(service_pid: int, dumped_pid: int) -> None:
-    """The worker of a service names itself after its request (cr-service.c: setproctitle)."""
-    title = f"dump --rpc -t {dumped_pid}"
     try:
         with open(f"/proc/{service_pid}/task/{service_pid}/children", encoding="ascii") as file:
             children = [int(pid) for pid in file.read().split()]
@@ -246,12 +255,11 @@ def _kill_worker(service_pid: int, dumped_pid: int) -> None:
         except OSError:
             continue
         try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if title in file.read().decode("utf-8", "replace"):
-                    os.kill(pid, _SIGKILL)
-                    ended = select.poll()
-                    ended.register(pidfd, select.POLLIN)
-                    ended.poll(5000)
+            if dumps(pid, dumped_pid):
+                os.kill(pid, _SIGKILL)
+                ended = select.poll()
+                ended.register(pidfd, select.POLLIN)
+                ended.poll(5000)
         except OSError:
             continue
         finally:

@@ -30,6 +30,16 @@ def test_first_error_has_no_time_and_skips_what_is_harmless() -> None:
     assert len(error_lines(log)) == 2
 
 
+def test_a_process_without_cuda_is_not_why_a_dump_failed() -> None:
+    asked = "(00.1) Error (cuda_plugin.c:222): cuda_plugin: Failed to launch cuda-checkpoint to "
+    asked += "retrieve restore tid: cuda-checkpoint: pid 82: "
+    nested = "(03.8) Error (criu/namespaces.c:460): Can't dump nested pid namespace for 84\n"
+    log = asked + "no CUDA (by the record of the suspension, /run/x)\n" + nested + FAILED
+    assert (first_error(log) or "").endswith("Can't dump nested pid namespace for 84")
+    assert "pid namespace of its own" in (explain(log) or "")
+    assert "cuda_plugin" in (first_error(asked + "the record is gone\n" + nested) or "")
+
+
 def test_errors_of_parasites_and_of_children_count() -> None:
     assert first_error("(00.1) pie: 12: Error (criu/pie/parasite.c:1): no\n") == (
         "Error (criu/pie/parasite.c:1): no"

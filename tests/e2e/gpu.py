@@ -240,9 +240,10 @@ class Job:
         return self
 
     def end(self) -> None:
-        """Kills and removes whatever there is of it."""
+        """Kills and removes whatever there is of it. CREATED is one whose restore failed in CRIU,
+        and which has no process."""
         self.ctr("task", "kill", "--signal", "SIGKILL", self.name, check=False)
-        until("the task's end", lambda: self.status() in ("STOPPED", ""))
+        until("the task's end", lambda: self.status() in ("STOPPED", "CREATED", ""))
         if self._task():
             done = self.ctr("task", "delete", self.name, check=False)
             assert not self._task(), done.stderr

@@ -195,6 +195,29 @@ def test_restore_fails(
     go_on(before, restored_by_annotation(start_job, images).next_report())
 
 
+def test_restore_by_ctr_fails(gpu_node: Place, start_job: StartJob, engine: str) -> None:
+    """ctr leaves the task behind, as it does under the stock shim: it must be dead."""
+    node, board = gpu_node
+    configure(node, engine=engine)
+    job = start_job()
+    before = job.next_report()
+    job.checkpoint_container("local/gpu:1")
+    job.end()
+    words = ["container", "restore", "--live", "--rw", job.name, "local/gpu:1"]
+    with board.faulty("restore=failed"):
+        done = job.ctr(*words, check=False)
+    assert done.returncode != 0
+    assert job.status() in ("STOPPED", "CREATED")  # killed by us, or never come up
+    assert board.owners() == {}
+    assert not [words for words in node.processes().values() if simgpu.WORKLOAD in words]
+    (log,) = node.path("/var/log/containerd-shim-grit").iterdir()
+    assert str(log.name) in done.stderr
+    log.unlink()
+    job.ctr("task", "delete", job.name, check=False)
+    job.ctr("container", "delete", job.name)
+    go_on(before, job.restore_container("local/gpu:1").next_report())
+
+
 def test_restore_without_room(
     gpu_node: Place, start_job: StartJob, images: str, engine: str
 ) -> None:

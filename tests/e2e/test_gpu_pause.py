@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shim.cuda.discovery import anonymous_memory
-from tests.e2e.gpu import configure, go_on, honouring, until
+from tests.e2e.faults import helpers
+from tests.e2e.gpu import STATUS, configure, go_on, honouring, until
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -47,28 +48,49 @@ def test_pause_gives_the_memory_back(gpu_node: Place, start_job: StartJob) -> No
     go_on(before, job.next_report())
 
 
-def test_pause_with_nested_namespace(gpu_node: Place, start_job: StartJob) -> None:
-    """CRIU dumps no nested pid namespace, and says so; suspended it is like any other, and it
-    goes on unharmed."""
+def calls(node: Node) -> set[int]:
+    """The driver calls under way: threads of the helper, but for its first."""
+    threads: set[int] = set()
+    for pid in helpers(node):
+        with contextlib.suppress(OSError):
+            threads |= {int(name) for name in os.listdir(node.path(f"/proc/{pid}/task"))} - {pid}
+    return threads
+
+
+def test_a_tree_is_suspended_at_once(gpu_node: Place, start_job: StartJob, engine: str) -> None:
+    """Four CUDA processes, one without a context and one in a pid namespace of its own, each of
+    which takes its time: the slowest counts, not the sum. No lock is granted before all have been
+    asked for, and no copy ends before all have begun. CRIU dumps no nested pid namespace, and says
+    so; suspended it is like any other, and it goes on unharmed."""
     node, board = gpu_node
-    configure(node)
+    configure(node, engine=engine)
     words = ["--procs", "newpid,init,ctx", "--bytes", str(1 << 20)]
     job = start_job(*words, options=[NESTED], runtime=honouring(node))
-    names = [f"/status.p{number}" for number in range(3)]
-    for name in names:
-        job.next_report(name)
+    marks = {name: job.next_report(name) for name in (STATUS, *(f"/status.p{n}" for n in range(3)))}
     held = board.owners()
-    assert len(held) == 4
-    job.ctr("task", "pause", job.name)
-    assert board.owners() == {}
+    assert sorted(held.values()) == [0, 1 << 20, 1 << 20, 1 << 20]
+    holders = {pid: anonymous_memory(pid) for pid, size in held.items() if size}
+
+    board.fault("lock=hang,speed=1000000")
+    pause = node.popen(["ctr", "task", "pause", job.name])
+    until("four locks asked for", lambda: len(calls(node)) == 4)
+    board.fault("speed=1000000")
+    if engine == "driver":  # CRIU's plugin copies, and one after the other
+        until("three copies", lambda: all(anonymous_memory(p) != holders[p] for p in holders))
+        assert holders.keys() <= board.owners().keys()
+    assert pause.wait(60) == 0
+    assert job.status() == "PAUSED"
+    assert board.owners() == ({} if engine == "driver" else held)
     job.ctr("task", "resume", job.name)
+    board.end_faults()
     assert board.owners() == held
+
     done = job.checkpoint_task("/var/tmp/nested", check=False)
     assert done.returncode != 0
     assert "pid namespace" in done.stderr
     assert board.owners() == held
-    for name in names:
-        job.next_report(name)
+    for name, mark in marks.items():
+        go_on(mark, job.next_report(name))
 
 
 def test_pause_without_gpu(gpu_node: Place, start_job: StartJob) -> None:

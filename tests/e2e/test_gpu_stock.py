@@ -3,7 +3,8 @@ loses without a word, grit carries over."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -59,8 +60,8 @@ def with_plugin(stock_place: Place) -> Iterator[None]:
 def started(stock_place: Place) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def start(*words: str, runtime: str) -> Job:
-        jobs.append(Job(*stock_place, "job", *words, runtime=runtime))
+    def start(*words: str, **options: Any) -> Job:
+        jobs.append(Job(*stock_place, "job", *words, **options))
         return jobs[-1].run()
 
     yield start
@@ -103,39 +104,72 @@ def test_grit_dumps_it(stock_place: Place, started: Callable[..., Job], engine: 
     go_on(before, job.restore_container("local/gpu:1").next_report())
 
 
-def test_file_locks(stock_place: Place, started: Callable[..., Job]) -> None:
-    """The stock restore loses them; the job goes on and does not know."""
-    node, _ = stock_place
-    configure(node, file_locks=True)
-    words = ["--kind", "cpu", "--flock", "/held", "--fcntl-lock", "/held-too"]
-    kept = {}
-    for runtime in (STOCK, GRIT):
-        job = started(*words, runtime=runtime)
-        assert job.next_report().flock
-        job.checkpoint_container("local/locks:1")
-        job.end()
-        job.restore_container("local/locks:1")
-        lines = len(job.reports())
-        until("a report", lambda job=job, lines=lines: len(job.reports()) > lines + 1)
-        last = job.reports()[-1]
-        kept[runtime] = (last.flock, last.fcntl)
-        job.end()
-    assert kept == {STOCK: (False, False), GRIT: (True, True)}
+LOCKS = ["--flock", "/held", "--fcntl-lock", "/held-too"]
 
 
-def test_open_connections(stock_place: Place, started: Callable[..., Job]) -> None:
+def locks_after_restore(job: Job) -> tuple[bool, bool]:
+    """Whether the job still holds its flock and its fcntl lock; it does not notice itself."""
+    assert job.next_report().flock
+    job.checkpoint_container("local/locks:1")
+    job.end()
+    job.restore_container("local/locks:1")
+    lines = len(job.reports())
+    until("a report", lambda: len(job.reports()) > lines + 1)
+    last = job.reports()[-1]
+    return last.flock, last.fcntl
+
+
+def test_stock_loses_file_locks(started: Callable[..., Job]) -> None:
+    """The stock restore drops them without a word."""
+    job = started("--kind", "cpu", *LOCKS, runtime=STOCK)
+    assert locks_after_restore(job) == (False, False)
+
+
+def test_file_locks(stock_place: Place, started: Callable[..., Job], engine: str) -> None:
+    configure(stock_place[0], engine=engine, file_locks=True)
+    job = started(*LOCKS, runtime=GRIT)
+    before = job.next_report()
+    assert locks_after_restore(job) == (True, True)
+    go_on(before, job.next_report())
+
+
+@pytest.fixture
+def network(stock_place: Place) -> Iterator[str]:
+    """ctr's option for a network namespace made for the container by somebody else, as a pod's
+    is. One of runc's own making comes back empty, with its loopback down, under any shim."""
     node, _ = stock_place
-    if node.name == "13":
-        pytest.skip("CRIU 4.1 dumps no internet socket on Linux 6.16 and later (criu #2705)")
-    configure(node, tcp="established")
-    job = started("--kind", "cpu", "--tcp", runtime=STOCK)
+    node.run(["ip", "netns", "add", "pod"])
+    node.run(["ip", "-n", "pod", "link", "set", "lo", "up"])
+    yield "--with-ns=network:/run/netns/pod"
+    node.run(["ip", "netns", "delete", "pod"])
+
+
+def test_stock_refuses_open_connections(started: Callable[..., Job], network: str) -> None:
+    job = started("--kind", "cpu", "--tcp", runtime=STOCK, options=[network])
     refused = job.ctr("task", "checkpoint", "job", check=False)
     assert refused.returncode != 0
     assert "Connected TCP socket" in dump_log(job)
-    job.end()
 
-    job = started("--tcp", runtime=GRIT)
+
+def no_sockets(node: Node) -> bool:
+    """CRIU 4.1 dumps no internet socket on Linux 6.16 and later (criu #2705)."""
+    kernel = tuple(int(word) for word in os.uname().release.split(".")[:2])
+    return node.name == "13" and kernel >= (6, 16)
+
+
+def test_open_connections(
+    stock_place: Place, started: Callable[..., Job], network: str, engine: str
+) -> None:
+    node, _ = stock_place
+    configure(node, engine=engine, tcp="established")
+    job = started("--tcp", runtime=GRIT, options=[network])
     before = job.next_report()
+    if no_sockets(node):
+        refused = job.ctr("task", "checkpoint", "job", check=False)
+        assert refused.returncode != 0
+        assert "this CRIU cannot dump network sockets on kernels from 6.16" in refused.stderr
+        go_on(before, job.next_report())
+        return
     job.checkpoint_container("local/tcp:1")
     go_on(before, job.next_report())
     job.end()

@@ -45,6 +45,8 @@ def test_install_and_uninstall(name: str) -> None:
         assert version.stderr == ""
         help_text = node.run([f"{installed.ENVIRONMENT}/libexec/cuda-checkpoint", "-h"]).stdout
         assert "--action" in help_text  # what CRIU's plugin looks for
+        assert "gritctl, version" in node.run(["gritctl", "--version"]).stdout
+        assert "doctor" in node.run(["gritctl", "--help"]).stdout  # imports every subcommand
         packages = "import cffi, google.protobuf, grpc, shim"
         node.run([f"{installed.ENVIRONMENT}/bin/python", "-c", packages])
         assert node.path("/etc/containerd/grit.toml.example").exists()

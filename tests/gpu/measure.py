@@ -79,7 +79,7 @@ def restore(job: Job, images: str) -> Row:
     job.restore(images)
     row: Row = {"restored": time.monotonic() - begun}
     job.next()
-    row["criu_restore"] = number(logged(job.machine, "restored", job.name), "criu")
+    row["criu_restore"] = number(logged(job.machine, "restored", job.name), "seconds")
     given = logged(job.machine, "GPU restored", job.name)
     row["restore_after"] = number(given, "restore")
     row["unlock_after"] = number(given, "unlock")

@@ -1,10 +1,9 @@
 """The two processes that hold a node: a keeper on the host and the node's process 1.
 
 Run as a script by `Node`, which gives it a JSON order and two descriptors. It makes the
-node's namespaces, mounts and cgroups, says `{"pid": N}` on one descriptor when the node
-stands, and takes all of it away when the other descriptor, whose far end only the test
-holds, is closed: a test that is killed leaves nothing behind. It must never touch a mount
-of the host.
+node's namespaces, mounts and cgroups, says on one descriptor when the node stands, and
+takes all of it away when the other descriptor, whose far end only the test holds, is
+closed: a test that is killed leaves nothing behind. It must never touch a mount of the host.
 """
 
 from __future__ import annotations
@@ -82,14 +81,8 @@ def bind(source: str, target: str, *, read_only: bool = True) -> None:
 # --- cgroups ------------------------------------------------------------------------------
 
 
-def hierarchies(version: str) -> dict[str, str]:
-    """The cgroup trees a node of this version has: directory name -> mount options.
-
-    v2: the unified tree alone, at the root (name ""). v1: every v1 tree of the host, with
-    the unified one beside them, as a hybrid host has it.
-    """
-    if version == "v2":
-        return {"": ""}
+def host_hierarchies() -> dict[str, str]:
+    """Every cgroup tree of the host: directory name -> mount options."""
     found = {}
     with open("/proc/self/cgroup") as lines:
         for line in lines:
@@ -100,6 +93,18 @@ def hierarchies(version: str) -> dict[str, str]:
                 found[controllers.removeprefix("name=")] = f"none,{controllers}"
             else:
                 found[controllers] = controllers
+    return found
+
+
+def hierarchies(version: str) -> dict[str, str]:
+    """The cgroup trees a node of this version has, as in `host_hierarchies`.
+
+    v2: the unified tree alone, at the root (name ""). v1: every v1 tree of the host, with
+    the unified one beside them, as a hybrid host has it.
+    """
+    if version == "v2":
+        return {"": ""}
+    found = host_hierarchies()
     if set(found) <= {"unified"}:
         raise RuntimeError("this host has no cgroup v1 tree: only cgroup='v2' is possible here")
     return found
@@ -265,8 +270,11 @@ def keep(order: dict[str, Any], answer: int, leash: int) -> None:
     mount("tmpfs", scratch, "tmpfs", 0, "mode=755")
     trees = f"{scratch}/cgroup"
     os.mkdir(trees)
-    points = mount_cgroups(hierarchies(order["cgroup"]), trees)
-    cgroups = [enter_cgroup(point, order["id"]) for point in points.values()]
+    # All trees of the host, also for a v2 node, which shows one of them: CRIU dumps what it finds
+    # from a process's root down in each, and must not find the other nodes there.
+    points = mount_cgroups(host_hierarchies(), trees)
+    own = {name: enter_cgroup(point, order["id"]) for name, point in points.items()}
+    cgroups = list(own.values())
     flags = CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID
     unshare(flags | (CLONE_NEWNET if order["private_network"] else 0))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -285,7 +293,8 @@ def keep(order: dict[str, Any], answer: int, leash: int) -> None:
         os.waitpid(pid, 0)
         remove(cgroups)
         raise RuntimeError(f"the node's process 1 failed: {said.decode()}")
-    os.write(answer, json.dumps({"pid": pid}).encode())
+    hidden = [path for name, path in own.items() if order["cgroup"] == "v2" and name != "unified"]
+    os.write(answer, json.dumps({"pid": pid, "hidden_cgroups": hidden}).encode())
     os.close(answer)
     select.select([leash], [], [])
     with contextlib.suppress(ProcessLookupError):

@@ -112,6 +112,7 @@ class Node:
         self.binds = dict(binds or {})
         self.identity = f"grit-node-{name}-{uuid.uuid4().hex[:8]}"
         self.pid = 0
+        self._hidden_cgroups: list[str] = []  # in trees of the host that the node does not show
         self._keeper: subprocess.Popen[bytes] | None = None
         self._leash = -1
         self._containerd: Process | None = None
@@ -162,6 +163,7 @@ class Node:
             self.close()
             raise NodeError(f"node {self.name} did not stand: {said.get('error', 'no answer')}")
         self.pid = said["pid"]
+        self._hidden_cgroups = [f"/proc/{self._keeper.pid}/root{d}" for d in said["hidden_cgroups"]]
 
     def close(self) -> None:
         """Kills all in the node; its mounts go with it. A second call does nothing."""
@@ -239,6 +241,7 @@ class Node:
         if not self.pid:
             raise NodeError(f"node {self.name} is not running")
         cgroups = [str(directory / "init/cgroup.procs") for directory in self.cgroup_roots()]
+        cgroups += [f"{directory}/cgroup.procs" for directory in self._hidden_cgroups]
         namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
         if self.network == "private":
             namespaces.append("--net")

@@ -42,7 +42,7 @@ def test_run_in_the_foreground(node: Node) -> None:
             side.ctr("task", "ls"),
         ]
 
-    compare(node, scenario)
+    compare(node, scenario, ["grit", "path"])
 
 
 def test_run_that_cannot_start(node: Node) -> None:
@@ -181,8 +181,8 @@ def test_pause_and_resume(node: Node) -> None:
         for _ in range(2):
             outcomes += [side.ctr("task", "resume", side.name), side.status()]
         outcomes += [side.exec("true"), side.ctr("task", "pause", side.name)]
-        outcomes += [side.kill("--signal", "SIGKILL"), side.status()]
-        outcomes += [side.ctr("task", "resume", side.name), side.until_stopped()]
+        outcomes.append(side.kill("--signal", "SIGKILL"))
+        until("the task's end", lambda: side.status() == "STOPPED")
         outcomes += [side.ctr("task", "pause", side.name), side.ctr("task", "resume", side.name)]
         return outcomes
 
@@ -285,7 +285,7 @@ def test_the_task_service_itself(node: Node) -> None:
         outcomes += [side.status()]
         return outcomes
 
-    compare(node, scenario)
+    compare(node, scenario, ["grit", "path"])
 
 
 def test_exec(node: Node) -> None:

@@ -1,0 +1,104 @@
+"""The layout around image directories: published whole, checked by SHA256SUMS, removed whole."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shim import checkpoint_dir
+from shim.checkpoint_dir import CheckpointDirError, Draft
+from tests.test_checkpoint_dir import published
+
+
+def fill(place: Path) -> None:
+    place.mkdir(exist_ok=True)
+    published(place / "checkpoint")
+    (place / "rootfs-diff.tar").write_bytes(b"layer")
+    (place / "spec.dump").write_text("{}")
+
+
+def make(final: Path, *containers: str) -> None:
+    draft = Draft.begin(str(final))
+    for place in [Path(draft.path, name) for name in containers] or [Path(draft.path)]:
+        fill(place)
+    draft.publish_whole()
+
+
+@pytest.mark.parametrize("containers", [(), ("web", "db"), ("checkpoint", "web")])
+def test_published_checked_and_removed(tmp_path: Path, containers: tuple[str, ...]) -> None:
+    final = tmp_path / "saved"
+    make(final, *containers)
+    names = [name for name, _ in checkpoint_dir.image_directories(str(final))]
+    assert names == (sorted(containers) or [""])
+    assert checkpoint_dir.verify_sums(str(final)) == []
+    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=final, check=True)
+    listed = (final / "SHA256SUMS").read_text().splitlines()
+    assert len(listed) == 3 * max(1, len(containers))
+    assert all(path.stat().st_mode & 0o77 == 0 for path in final.rglob("*"))
+    checkpoint_dir.remove(str(final))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    final = tmp_path / "saved"
+    make(final)
+    (final / "spec.dump").write_text("[]")
+    (final / "rootfs-diff.tar").unlink()
+    (final / "checkpoint/grit.json").write_text("{")
+    (final / "new").write_text("")
+    problems = checkpoint_dir.verify_sums(str(final)) or []
+    assert [(one.name, one.kind) for one in problems] == [
+        ("checkpoint/grit.json", "checksum"),
+        ("new", "extra"),
+        ("rootfs-diff.tar", "missing"),
+        ("spec.dump", "checksum"),
+    ]
+    (final / "SHA256SUMS").write_text(f"{'0' * 64}  ../../etc/passwd\n")
+    with pytest.raises(CheckpointDirError, match="line 1: is not a checksum"):
+        checkpoint_dir.verify_sums(str(final))
+    (final / "SHA256SUMS").unlink()
+    assert checkpoint_dir.verify_sums(str(final)) is None
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    final = tmp_path / "saved"
+    draft = Draft.begin(str(final))
+    fill(Path(draft.path))
+    final.mkdir()
+    (final / "mine").write_text("")
+    with pytest.raises(CheckpointDirError, match="cannot publish"):
+        draft.publish_whole()
+    draft.discard()
+    assert [path.name for path in final.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "empty"):
+        path.mkdir(exist_ok=True)
+        with pytest.raises(CheckpointDirError, match="is not a checkpoint"):
+            checkpoint_dir.remove(str(path))
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    with pytest.raises(CheckpointDirError, match="place for several"):
+        checkpoint_dir.remove(str(tmp_path))
+    (tmp_path / "a/thesis").write_text("")
+    with pytest.raises(CheckpointDirError, match="no part of a checkpoint: thesis"):
+        checkpoint_dir.remove(str(tmp_path / "a"))
+    (tmp_path / "b/checkpoint/.grit-partial-0123456789abcdef").mkdir()
+    with pytest.raises(CheckpointDirError, match="just being written"):
+        checkpoint_dir.remove(str(tmp_path / "b"))
+    assert (tmp_path / "a/checkpoint/grit.json").exists()
+    assert (tmp_path / "b/checkpoint/grit.json").exists()
+
+
+def test_drafts_of_the_living_are_not_abandoned(tmp_path: Path) -> None:
+    draft = Draft.begin(str(tmp_path / "saved"))
+    dead = tmp_path / ".old.grit-partial-0123456789abcdef"
+    shutil.copytree(draft.path, dead)
+    (tmp_path / ".mine.grit-partial-xyz").mkdir()
+    assert checkpoint_dir.abandoned(str(tmp_path)) == [str(dead)]
+    draft.discard()
