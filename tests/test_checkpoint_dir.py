@@ -129,6 +129,7 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
         "criu",
         "kernel",
         "hostname",
+        "cpu",
         "options",
         "cuda_processes",
         "mounts",
