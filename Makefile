@@ -8,7 +8,7 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup nodes lint test gpu-kit gpu-test demo bench install uninstall proto
+.PHONY: help venv setup package nodes lint test gpu-kit gpu-test demo bench install uninstall proto
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -18,6 +18,9 @@ install:  ## put the shim on this machine, under PREFIX (/usr/local)
 
 uninstall:  ## take it away again
 	$(PYTHON) packaging/install.py uninstall --prefix $(PREFIX) --sysconfdir $(SYSCONFDIR)
+
+package:  ## the Debian package and the tree for other systems, into dist/
+	$(PYTHON) packaging/package.py dist
 
 setup:  ## the Debian packages that building and testing need (root)
 	@tests/nodes/setup.sh $(PYTHON)

@@ -21,7 +21,9 @@ import time
 from shim import (
     bundle,
     checkpoint_dir,
+    cri,
     devices,
+    fit,
     gpu,
     headroom,
     injected,
@@ -31,6 +33,7 @@ from shim import (
     places,
     preflight,
     proof,
+    volumes,
 )
 from shim.criu_bridge import client, request
 from shim.criu_bridge import config as criu_config
@@ -63,7 +66,7 @@ def pause(container: Container, connection: int) -> None:
     shim's StatusError, with the container running and its GPU its own.
     """
     if container.suspension is None:
-        _suspend_and_freeze(container, images=None)
+        suspend_and_freeze(container, images=None)
     else:
         container.ask("Pause")  # the stock words for a container that is paused already
     container.paused_by, container.orphanable = connection, False
@@ -85,13 +88,19 @@ def checkpoint(
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            _suspend_and_freeze(container, images=draft.path)
+            suspend_and_freeze(container, images=draft.path)
         container.paused_by, container.orphanable = connection, True
         try:
             if was_paused:
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted)
         except Exception as failure:
+            if draft.published and container.has_ended():
+                container.forget_pause()
+                raise CheckpointError(
+                    f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
+                ) from failure
+            draft.withdraw()
             # A client that paused it has its Resume still to come.
             left = "the container stays paused" if was_paused else _undo(container)
             raise CheckpointError(f"{failure}; {left}") from failure
@@ -145,7 +154,7 @@ def abandon(container: Container) -> None:
             )
 
 
-def _suspend_and_freeze(container: Container, images: str | None) -> None:
+def suspend_and_freeze(container: Container, images: str | None) -> None:
     """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
     looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
     `images` is where the container is to be dumped, None for a Pause alone."""
@@ -155,6 +164,7 @@ def _suspend_and_freeze(container: Container, images: str | None) -> None:
             suspension = gpu.suspend(container, driver)
             began = time.monotonic()
             try:
+                container.meet()
                 container.ask("Pause")
             except BaseException:
                 if suspension:
@@ -189,7 +199,9 @@ def _dump(
     if plugin:
         headroom.make_room(container, cuda)  # CRIU copies, as it dumps
     uncopied = proof.memory_of(cuda) if plugin else {}
-    work = wanted.work_path or os.path.join(bundle.work_directory(container.bundle), "criu-work")
+    for_cri = cri.checkpoint_directory(container.bundle, container.id)
+    ours = for_cri or os.path.join(bundle.work_directory(container.bundle), "criu-work")
+    work = wanted.work_path or ours
     os.makedirs(work, mode=0o700, exist_ok=True)
     opts = request.dump_options(
         state,
@@ -209,6 +221,7 @@ def _dump(
         ),
     )
     request.write_descriptors(state, draft.path)
+    volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
     criu = _criu(container, plugin)
     version = ".".join(map(str, client.version(criu)))
     began = time.monotonic()
@@ -239,6 +252,9 @@ def _dump(
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
+    if work == for_cri:
+        for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
+            shutil.copy(os.path.join(work, name), os.path.dirname(work))
     log.info(
         "dumped",
         id=container.id,
@@ -311,7 +327,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
     return Manifest(
         container_id=container.id,
         namespace=container.namespace,
-        image=notes.get("io.kubernetes.cri.image-name", ""),
+        image=cri.image_name(notes),
         runtime="containerd-shim-grit-v1",
         engine=suspension.engine if suspension else "none",
         driver_version=devices.driver_version() if suspension else None,
@@ -319,6 +335,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         criu_version=criu,
         kernel=system.release,
         hostname=system.nodename,
+        cpu=fit.cpu(),
         options={
             "tcp_established": bool(opts.tcp_established),
             "ext_unix_sockets": bool(opts.ext_unix_sk),

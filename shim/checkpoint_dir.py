@@ -35,8 +35,10 @@ __all__ = [
     "ManifestError",
     "Problem",
     "abandoned",
+    "container_log",
     "find_checkpoint",
     "image_directories",
+    "is_downloaded",
     "load",
     "remove",
     "rootfs_diff",
@@ -50,10 +52,11 @@ CONTAINER_LOG = "container.log"
 CONFIG_DUMP = "config.dump"
 SPEC_DUMP = "spec.dump"
 SUMS = "SHA256SUMS"  # of all the manifest does not speak of, and of the manifest; for sha256sum -c
+DOWNLOADED = "download-state"
 MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
 # What other tools put beside `checkpoint/`, and `remove` takes for a part of the checkpoint.
-_BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS} | {
+_BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS, DOWNLOADED} | {
     "artifacts",
     "bind.mounts",
     "deleted.files",
@@ -87,6 +90,8 @@ class Draft:
         self._lock: int | None = lock
         self._inside = inside
         self._moved: list[str] = []
+        self._begun_at = path
+        self.published = False
 
     @classmethod
     def begin(cls, final: str) -> Draft:
@@ -172,7 +177,26 @@ class Draft:
                 f"cannot publish the checkpoint {self.final}: {_reason(error)}"
             ) from error
         self._unlock()
+        self.published = True
         return whole
+
+    def withdraw(self) -> None:
+        """Takes back what publish() made, for a dump that failed after all; does nothing if it made
+        nothing. Raises CheckpointDirError, and then the checkpoint may still be there, whole."""
+        if not self.published:
+            return
+        try:
+            if self._inside:
+                for name in reversed(self._moved):
+                    os.unlink(os.path.join(self.final, name))
+            else:
+                os.rename(self.final, self._begun_at)
+                _remove_tree(self._begun_at)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot remove the checkpoint {self.final}: {_reason(error)}; remove it by hand"
+            ) from error
+        self.published = False
 
     def publish_whole(self) -> None:
         """Makes a draft that holds the layout around an image directory (or those of a pod's
@@ -521,13 +545,26 @@ def _beside(directory: str) -> list[str]:
 
 
 def rootfs_diff(images: str) -> str | None:
-    """`rootfs-diff.tar` beside an image directory, if there is one.
+    """`rootfs-diff.tar` beside an image directory, if there is one."""
+    return _lies_beside(images, ROOTFS_DIFF)
 
-    Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
-    beside them (in /tmp, say) belongs to somebody else.
-    """
+
+def container_log(images: str) -> str | None:
+    """`container.log` beside an image directory, if there is one."""
+    return _lies_beside(images, CONTAINER_LOG)
+
+
+def is_downloaded(directory: str) -> bool:
+    """Whether GRIT's agent has said, by a file, that it has brought a pod's checkpoints here (grit:
+    pkg/gritagent/copy/copy.go)."""
+    return os.path.exists(os.path.join(directory, DOWNLOADED))
+
+
+def _lies_beside(images: str, name: str) -> str | None:
+    """Only beside a directory named `checkpoint`: other names are not GRIT's layout, and what lies
+    beside them (in /tmp, say) belongs to somebody else."""
     parent, base = os.path.split(os.path.abspath(images))
-    path = os.path.join(parent, ROOTFS_DIFF)
+    path = os.path.join(parent, name)
     return path if base == IMAGES and os.path.isfile(path) else None
 
 

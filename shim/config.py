@@ -95,6 +95,9 @@ class GritOptions(_Settings):
     ghost_limit: int = 1024 * 1024  # bytes; CRIU's own default
     memory: Literal["refuse", "raise"] = "refuse"
     on_missing_checkpoint: Literal["start", "fail"] = "start"
+    on_mismatch: Literal["refuse", "warn"] = "refuse"
+    download_timeout: float = 60.0  # seconds
+    together_timeout: float = 60.0  # seconds
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
 
 
@@ -198,6 +201,9 @@ _GRIT: dict[str, Check] = {
     "ghost_limit": _integer(0, _UINT32),
     "memory": _one_of("refuse", "raise"),
     "on_missing_checkpoint": _one_of("start", "fail"),
+    "on_mismatch": _one_of("refuse", "warn"),
+    "download_timeout": _seconds(24 * 3600),
+    "together_timeout": _seconds(24 * 3600),
     "metrics": _path,
 }
 

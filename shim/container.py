@@ -9,10 +9,13 @@ from __future__ import annotations
 import threading
 
 from shim import cgroup, messages, runcstate
+from shim.cuda import discovery
 from shim.cuda.suspension import Process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.config import GritOptions
     from shim.criu_bridge.transport import Cancel
     from shim.cuda.suspension import Suspension
@@ -24,16 +27,23 @@ if TYPE_CHECKING:
 
 class Restore:
     """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), the diff of the root file system that nobody else applies, the GPUs the container
-    is given, the driver's map from the old ones to these, "" for the same ones, and the memory
-    limits to put back: bytes as raised -> before."""
+    tool wrote), the diff of the root file system and the saved log that nobody else puts back, the
+    GPUs the container is given, the driver's map from the old ones to these, "" for the same ones,
+    and the memory limits to put back: bytes as raised -> before."""
 
-    __slots__ = ("device_map", "given", "images", "manifest", "raised_limits", "rootfs_diff")
+    __slots__ = ("device_map", "given", "images", "log", "manifest", "raised_limits", "rootfs_diff")
 
-    def __init__(self, images: str, manifest: Manifest | None, rootfs_diff: str | None) -> None:
+    def __init__(
+        self,
+        images: str,
+        manifest: Manifest | None,
+        rootfs_diff: str | None,
+        log: str | None = None,
+    ) -> None:
         self.device_map = ""
         self.given: list[Gpu] = []
         self.images = images
+        self.log = log
         self.manifest = manifest
         self.raised_limits: dict[int, int] = {}
         self.rootfs_diff = rootfs_diff
@@ -56,6 +66,10 @@ class Restore:
         return sum(file.size for name, file in files if name.startswith("pages-"))
 
 
+def _alone() -> None:
+    """No other container is waited for."""
+
+
 class Container:
     """One task of the group. `lock` is held by whichever of Pause, Checkpoint, Resume and Start
     is at work on it; State, Pids and Kill never take it."""
@@ -71,6 +85,7 @@ class Container:
         "given",
         "id",
         "lock",
+        "meet",
         "namespace",
         "orphanable",
         "paused_by",
@@ -82,6 +97,7 @@ class Container:
         "sizes",
         "suspension",
         "terminal",
+        "together",
         "trace",
     )
 
@@ -104,6 +120,11 @@ class Container:
         self.runc = runc
         self.config = config
         self.lock = threading.Lock()
+        self.meet: Callable[[], None] = _alone
+        """Called between suspension and freeze: waits for the other containers of the pod, where
+        they are paused together."""
+        self.together = False
+        """Whether that is so: the pod is annotated `grit.dev/together`."""
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
         self.froze_in = 0.0
@@ -166,6 +187,11 @@ class Container:
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""
         return runcstate.load(self.runc.root or runcstate.DEFAULT_ROOT, self.namespace, self.id)
+
+    def has_ended(self) -> bool:
+        """Whether its first process has ended."""
+        state = self.runc_state()
+        return not discovery.alive(state.init_process_pid, state.init_process_start)
 
     def freezer(self) -> str:
         """The directory of the control group that Pause freezes; "" if runc recorded none."""

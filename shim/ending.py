@@ -62,7 +62,12 @@ def _end_tasks(home: str) -> None:
     answer = group.answer(home)
     service = messages.SERVICES[1 if '"version":3' in answer.replace(" ", "") else 0]
     deadline = time.monotonic() + _BUDGET
-    ids = list(group.tasks(home))
+    tasks = group.tasks(home)
+    removed = [path for path in tasks.values() if not os.path.isdir(path)]
+    # containerd 2.1 removes the bundles of a pod whose shim has died while its containers run on,
+    # and runc, which logs to the bundle, then ends none of them.
+    for path in removed:
+        os.makedirs(path, mode=0o711)
     with Client(connect(bundle.address_in(answer))) as inner:
 
         def ask(method: str, request: Message) -> None:
@@ -72,12 +77,16 @@ def _end_tasks(home: str) -> None:
             except StatusError:
                 pass  # gone already, or not to be had: the stock delete follows
 
-        for id in ids:
+        for id in tasks:
             ask("Kill", messages.KillRequest(id=id, signal=9, all=True))
-        for id in ids:
+        for id in tasks:
             ask("Wait", messages.ExecRequest(id=id))
             ask("Delete", messages.ExecRequest(id=id))
         ask("Shutdown", messages.ShutdownRequest(now=True))
+    for path in removed:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _end_process(pid: int) -> None:

@@ -54,8 +54,8 @@ class Manifest:
 
     `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
     `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
-    carried here; `mounts` and `devices` are what `injected.recorded` found; `phases` gives the
-    seconds each took.
+    carried here; `cpu` is what `fit.cpu` says, empty where it is not known; `mounts` and `devices`
+    are what `injected.recorded` found; `phases` gives the seconds each took.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Manifest:
         options: dict[str, bool | int | str],
         cuda_processes: list[dict[str, object]],
         phases: dict[str, float],
+        cpu: dict[str, str] | None = None,
         mounts: list[dict[str, str]] | None = None,
         devices: list[str] | None = None,
         created: str = "",
@@ -92,6 +93,7 @@ class Manifest:
         self.options = options
         self.cuda_processes = cuda_processes
         self.phases = phases
+        self.cpu = cpu or {}
         self.mounts = mounts or []
         self.devices = devices or []
         self.created = created
@@ -124,6 +126,7 @@ class Manifest:
             "criu": self.criu_version,
             "kernel": self.kernel,
             "hostname": self.hostname,
+            "cpu": self.cpu,
             "options": self.options,
             "cuda_processes": self.cuda_processes,
             "mounts": self.mounts,
@@ -161,6 +164,7 @@ class Manifest:
             criu_version=document.text("criu"),
             kernel=document.text("kernel"),
             hostname=document.text("hostname"),
+            cpu=_read_cpu(document),
             options=document.table("options").scalars(),
             cuda_processes=[process.value for process in document.tables("cuda_processes")],
             phases=document.table("phases").numbers(),
@@ -261,6 +265,14 @@ def _read_json(data: bytes, where: str) -> dict[str, object]:
     if not isinstance(document, dict):
         raise ManifestError(f"{where}: must hold a JSON object")
     return document
+
+
+def _read_cpu(document: _Reader) -> dict[str, str]:
+    """Absent or empty where it was not known."""
+    if not document.value.get("cpu"):
+        return {}
+    table = document.table("cpu")
+    return {key: table.text(key) for key in ("architecture", "model", "instructions")}
 
 
 def _read_mount(mount: _Reader) -> dict[str, str]:

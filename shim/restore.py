@@ -1,10 +1,10 @@
 """The life of a container that is restored: what Create prepares and Start finishes.
 
-    Create   find the image directory, verify it, tell CRIU's options to the inner shim's
-             `runc restore` the only way it listens (a configuration file named by an annotation),
-             and put the root file system's diff in place
-    Start    the inner shim restores the processes; then each CUDA process gets its GPU back and
-             is asked whether it runs
+    Create   find the image directory, waiting for its download if need be, verify it, tell CRIU's
+             options to the inner shim's `runc restore` the only way it listens (a configuration
+             file named by an annotation), and put the root file system's diff and the log in place
+    Start    the inner shim restores the processes, whose pod gets its host name back; then each
+             CUDA process gets its GPU back and is asked whether it runs
 
 CRIU reports success even where the CUDA side failed, so nothing is believed here that the driver
 has not said itself. A restore that fails leaves nothing running and its log behind.
@@ -16,7 +16,20 @@ import os
 import shutil
 import time
 
-from shim import bundle, checkpoint_dir, devices, gpu, headroom, injected, log, messages, places
+from shim import (
+    bundle,
+    checkpoint_dir,
+    cri,
+    devices,
+    fit,
+    gpu,
+    headroom,
+    injected,
+    log,
+    messages,
+    places,
+    uts,
+)
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
@@ -32,7 +45,13 @@ if TYPE_CHECKING:
     from shim.manifest import Manifest
 
 ANNOTATION = "grit.dev/checkpoint"
+GRIT_RESTORE = "grit.dev/restore-name"
+"""GRIT's manager puts it on a pod whose checkpoint its agent is to bring to the node."""
+
 _THAW_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
+"""How often the word that a download is whole is looked for; GRIT's own containerd looks every
+second. The directory may be one of another machine, whose changes nobody is told of."""
 
 
 class RestoreError(Exception):
@@ -44,18 +63,19 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
 
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
-    config.json to match. Raises CheckpointDirError, RestoreError, devices.DeviceError,
+    config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError,
     injected.NotGiven or headroom.NoRoom with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
-    images, diff = create.checkpoint, None
+    images, diff, saved_log = create.checkpoint, None, None
     if not images:
         images = _annotated(bundle.annotations_of(spec), container)
         if not images:
             return None
-        diff = checkpoint_dir.rootfs_diff(images)
+        diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
     manifest = _verified(images)
-    found = Restore(images, manifest, diff)
+    fit.require(container, spec, images, manifest)
+    found = Restore(images, manifest, diff, saved_log)
     injections: list[tuple[str, str | None]] = []
     try:
         with_cuda = bool(found.processes)
@@ -71,20 +91,43 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     return found
 
 
-def fill_rootfs(container: Container) -> None:
-    """Applies the root file system's diff, after the inner shim has mounted it and before any
-    process runs in it, and makes the mount points that CRIU will need. The diff only for restores
-    by annotation: other clients do it themselves."""
-    found = container.restore
-    if found is None:
-        return
-    if found.rootfs_diff:
-        from shim import rootfs_diff
+def fill(container: Container, filled_volumes: set[str]) -> None:
+    """Puts back the pod's volumes, unless another of its containers has (`filled_volumes`), the
+    root file system's diff and the log's lines, after the inner shim has mounted the one and CRI
+    has opened the other, and before any process writes there; makes the mount points that CRIU
+    will need. Diff and log only for restores by annotation: other clients do it themselves. Raises
+    rootfs_diff.DiffError."""
+    from shim import rootfs_diff, volumes
 
+    found = container.restore
+    assert found is not None
+    volumes.put_back(bundle.read_spec(container.bundle), found.images, filled_volumes)
+    if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
         rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
     if found.manifest is not None:
         injected.make_mount_points(container, found.manifest)
+    if found.log:
+        _fill_log(container, found.log)
+
+
+def _fill_log(container: Container, saved: str) -> None:
+    """Appends the saved log to the one that CRI has just opened. A log is no reason to fail."""
+    target = cri.log_file(
+        container.bundle, bundle.annotations_of(bundle.read_spec(container.bundle))
+    )
+    if target is None:
+        return
+    try:
+        with open(saved, "rb") as source:
+            fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(fd, "wb") as log_now:
+                if os.fstat(fd).st_size == 0:
+                    shutil.copyfileobj(source, log_now)
+    except OSError as error:
+        log.warning(
+            "the log saved with the checkpoint was not put back", id=container.id, error=error
+        )
 
 
 def start(container: Container) -> bytes:
@@ -96,6 +139,7 @@ def start(container: Container) -> bytes:
     found = container.restore
     assert found is not None
     began = time.monotonic()
+    names = uts.wanted(bundle.read_spec(container.bundle))
     try:
         reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
@@ -103,6 +147,7 @@ def start(container: Container) -> bytes:
     criu = round(time.monotonic() - began, 3)
     container.phases["criu_restore"] = criu
     try:
+        uts.give(names, messages.StartResponse.decode(reply).pid)
         _thaw(container)
         if found.processes:
             injected.make_device_files(container.runc_state().init_process_pid, found.given)
@@ -126,11 +171,11 @@ def start(container: Container) -> bytes:
 def _annotated(notes: dict[str, str], container: Container) -> str:
     """The image directory the annotation means for this container, "" if none does."""
     directory = notes.get(ANNOTATION)
-    # A pod's annotations reach its sandbox container too, which is never restored.
-    if not directory or notes.get("io.kubernetes.cri.container-type", "container") != "container":
+    if not directory or cri.is_sandbox(notes):
         return ""
-    name = notes.get("io.kubernetes.cri.container-name")
-    images = checkpoint_dir.find_checkpoint(directory, name)
+    if notes.get(GRIT_RESTORE):
+        _await_download(container, directory)
+    images = checkpoint_dir.find_checkpoint(directory, cri.container_name(notes))
     if images:
         return images
     if container.config.on_missing_checkpoint == "fail":
@@ -144,6 +189,22 @@ def _annotated(notes: dict[str, str], container: Container) -> str:
         directory=directory,
     )
     return ""
+
+
+def _await_download(container: Container, directory: str) -> None:
+    """Waits until GRIT's agent has said that all of the pod's checkpoint is here. Raises
+    RestoreError after `download_timeout`, for the kubelet to try again."""
+    limit = container.config.download_timeout
+    deadline = time.monotonic() + limit
+    while not checkpoint_dir.is_downloaded(directory):
+        if time.monotonic() >= deadline:
+            raise RestoreError(
+                f"container {container.id}: the checkpoint in {directory} is not whole after "
+                f"{limit:g} s: there is no file {checkpoint_dir.DOWNLOADED} in it, which GRIT's "
+                "agent writes when its download has ended. Nothing was started; the kubelet will "
+                "try again. Look at the agent's job, or raise download_timeout"
+            )
+        time.sleep(_LOOK_SECONDS)
 
 
 def _verified(images: str) -> Manifest | None:

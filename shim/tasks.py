@@ -7,7 +7,7 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import container, group, log, messages, operation
+from shim import bundle, container, group, log, messages, operation, pod
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -27,7 +27,8 @@ class Tasks:
         self._inner = inner
         self._namespace = namespace
         self._home = home
-        self._containers: dict[str, container.Container] = {}
+        self._pod = pod.Pod()
+        self._containers = self._pod.containers
         self._gone: set[int] = set()  # connections that have ended; a number is never used again
         self._handlers: dict[str, Handler] = {
             "Create": self._create,
@@ -39,6 +40,8 @@ class Tasks:
         }
 
     def handler_for(self, service: str, method: str) -> Handler | None:
+        if method == "State" and self._pod.paused_together:
+            return self._state
         handler = self._handlers.get(method) if service in messages.SERVICES else None
         return (lambda call: _told(call, handler)) if handler else None
 
@@ -48,9 +51,7 @@ class Tasks:
         self._gone.add(connection)
         for one in list(self._containers.values()):
             if one.paused_by == connection and one.orphanable:
-                from shim import checkpoint
-
-                checkpoint.abandon(one)
+                self._pod.abandon(one)
 
     def settle(self) -> None:
         """Called when serving ends: waits for calls under way, since ending in the middle of a
@@ -64,16 +65,18 @@ class Tasks:
 
         request = messages.CreateTaskRequest.decode(call.payload)
         try:
+            together = pod.together(bundle.read_spec(request.bundle))
             request.options, ours = options.read(request.options)
             runc = options.runc_options(request.options)
         except (config.ConfigError, ValueError) as error:
             raise StatusError(INVALID_ARGUMENT, f"container {request.id}: {error}") from error
         one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
+        one.together = together
         one.restore = restore.prepare(one, request)
         reply = self._relay(call, request.encode())
         if one.restore:
             try:
-                restore.fill_rootfs(one)
+                restore.fill(one, self._pod.filled_volumes)
             except BaseException:
                 one.ask("Delete", messages.ExecRequest(id=one.id))
                 raise
@@ -95,12 +98,7 @@ class Tasks:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
-        from shim import checkpoint
-
-        with one.lock:
-            operation.run(
-                one, "suspend", call.metadata, lambda: checkpoint.pause(one, call.connection)
-            )
+        self._pod.pause(one, call.connection, call.metadata)
         self._check_caller(one, call)
         return b""
 
@@ -109,16 +107,8 @@ class Tasks:
         one = self._containers.get(request.id)
         if one is None:
             return FORWARD
-        from shim import checkpoint
-
         try:
-            with one.lock:
-                operation.run(
-                    one,
-                    "checkpoint",
-                    call.metadata,
-                    lambda: checkpoint.checkpoint(one, request, call.connection),
-                )
+            self._pod.checkpoint(one, request, call.connection, call.metadata)
         finally:
             self._check_caller(one, call)
         return b""
@@ -127,27 +117,30 @@ class Tasks:
         """A caller whose connection ended before it could be answered has not got what it asked
         for, and will not send the Resume that belongs to it."""
         if call.connection in self._gone and one.paused_by == call.connection:
-            from shim import checkpoint
-
-            checkpoint.abandon(one)
+            self._pod.abandon(one)
 
     def _resume(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
-        from shim import checkpoint
-
         one.give_up_dump()  # a client that resumes in the middle of its dump does not want it
-        with one.lock:
-            operation.run(one, "resume", call.metadata, lambda: checkpoint.resume(one))
+        self._pod.resume(one, call.metadata)
         return b""
+
+    def _state(self, call: Call) -> bytes:
+        """The inner shim's answer, but for a container that is frozen for its pod's sake: a client
+        that found it paused would leave the Pause, and the Resume, to somebody else."""
+        reply = messages.StateResponse.decode(self._relay(call, call.payload))
+        if reply.status == messages.PAUSED and self._pod.shows_running(reply.id):
+            reply.status = messages.RUNNING
+        return reply.encode()
 
     def _delete(self, call: Call) -> bytes | Forward:
         request = messages.ExecRequest.decode(call.payload)
         if request.exec_id or request.id not in self._containers:
             return FORWARD
         reply = self._relay(call, call.payload)
-        self._containers.pop(request.id, None)
+        self._pod.forget(self._containers.pop(request.id))
         group.remove_task(self._home, request.id)
         return reply
 

@@ -43,6 +43,9 @@ link_remap = true
 ghost_limit = 67108864
 memory = "raise"
 on_missing_checkpoint = "fail"
+on_mismatch = "warn"
+download_timeout = 300
+together_timeout = 120
 metrics = "/var/lib/metrics"
 """
 
@@ -84,6 +87,9 @@ def test_every_key_arrives_under_its_own_name() -> None:
         ghost_limit=64 << 20,
         memory="raise",
         on_missing_checkpoint="fail",
+        on_mismatch="warn",
+        download_timeout=300.0,
+        together_timeout=120.0,
         metrics="/var/lib/metrics",
     )
     # The example above leaves no key out and keeps none at its default.

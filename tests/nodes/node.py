@@ -240,7 +240,7 @@ class Node:
     def _door(self, cwd: str) -> list[str]:
         if not self.pid:
             raise NodeError(f"node {self.name} is not running")
-        cgroups = [str(directory / "init/cgroup.procs") for directory in self._cgroup_roots()]
+        cgroups = [str(directory / "init/cgroup.procs") for directory in self.cgroup_roots()]
         cgroups += [f"{directory}/cgroup.procs" for directory in self._hidden_cgroups]
         namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
         if self.network == "private":
@@ -251,7 +251,8 @@ class Node:
         nsenter = ["--target", str(self.pid), *namespaces, "--", *chdir]
         return ["/bin/sh", "-c", _ENTER, "node", *cgroups, "--", *nsenter]
 
-    def _cgroup_roots(self) -> list[Path]:
+    def cgroup_roots(self) -> list[Path]:
+        """The cgroup trees of the node, as the host sees them."""
         root = self.path("/sys/fs/cgroup")
         if self.cgroup == "v2":
             return [root]
@@ -345,11 +346,14 @@ class Node:
         controllers = self.path("/sys/fs/cgroup/cgroup.controllers")
         return self.cgroup == "v1" or "cpu" in controllers.read_text().split()
 
-    def import_image(self, tar: Path, snapshotter: str = "overlayfs") -> None:
+    def import_image(
+        self, tar: Path, snapshotter: str = "overlayfs", namespace: str = "default"
+    ) -> None:
         """Imports an OCI image archive of the host and unpacks it for `snapshotter`."""
         with open(tar, "rb") as archive:
             local = ["--local"] if self.containerd_version >= (2, 1) else []
-            argv = ["ctr", "image", "import", *local, "--snapshotter", snapshotter, "-"]
+            argv = ["ctr", "-n", namespace, "image", "import", *local]
+            argv += ["--snapshotter", snapshotter, "-"]
             pipe = subprocess.PIPE
             process = self.popen(argv, stdin=archive, stdout=pipe, stderr=pipe)
             stdout, stderr = process.communicate(timeout=120)
@@ -410,11 +414,14 @@ class Node:
                 + self._below("/run/containerd/grit", depth=1)
                 + self._below("/run/containerd/runc", depth=2)
                 + self._below("/run/containerd/fifo", depth=1)
+                + self._below("/run/containerd/io.containerd.grpc.v1.cri", depth=2)
+                + self._below("/var/lib/containerd/io.containerd.grpc.v1.cri", depth=2)
+                + self._below("/run/netns", depth=1)
             ),
             # <namespace>/<container>; runc leaves the namespace's cgroup, and may
             cgroups=frozenset(
                 str(directory.relative_to(self.path("/sys/fs/cgroup")))
-                for root in self._cgroup_roots()
+                for root in self.cgroup_roots()
                 for directory in root.glob("*/*")
                 if directory.is_dir()
             ),

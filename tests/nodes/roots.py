@@ -30,6 +30,7 @@ PACKAGES = (
     "nftables",
     "procps",
     "python3",
+    "python3-cffi-backend",
     "python3-venv",
     "runc",
 )
@@ -58,8 +59,8 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("12", "bookworm"),  # containerd 1.6, runc 1.1.5; its CRIU fails on new kernels
-        Recipe("13", "trixie"),  # containerd 1.7, CRIU 4.1
-        Recipe("forky", "forky"),  # containerd 2.1, CRIU 4.2
+        Recipe("13", "trixie", (*PACKAGES, "checkpointctl")),  # containerd 1.7, CRIU 4.1
+        Recipe("forky", "forky", (*PACKAGES, "checkpointctl")),  # containerd 2.1, CRIU 4.2
     )
 }
 
