@@ -95,6 +95,12 @@ def checkpoint(
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted)
         except Exception as failure:
+            if draft.published and container.has_ended():
+                container.forget_pause()
+                raise CheckpointError(
+                    f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
+                ) from failure
+            draft.withdraw()
             # A client that paused it has its Resume still to come.
             left = "the container stays paused" if was_paused else _undo(container)
             raise CheckpointError(f"{failure}; {left}") from failure

@@ -90,6 +90,8 @@ class Draft:
         self._lock: int | None = lock
         self._inside = inside
         self._moved: list[str] = []
+        self._begun_at = path
+        self.published = False
 
     @classmethod
     def begin(cls, final: str) -> Draft:
@@ -175,7 +177,26 @@ class Draft:
                 f"cannot publish the checkpoint {self.final}: {_reason(error)}"
             ) from error
         self._unlock()
+        self.published = True
         return whole
+
+    def withdraw(self) -> None:
+        """Takes back what publish() made, for a dump that failed after all; does nothing if it made
+        nothing. Raises CheckpointDirError, and then the checkpoint may still be there, whole."""
+        if not self.published:
+            return
+        try:
+            if self._inside:
+                for name in reversed(self._moved):
+                    os.unlink(os.path.join(self.final, name))
+            else:
+                os.rename(self.final, self._begun_at)
+                _remove_tree(self._begun_at)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot remove the checkpoint {self.final}: {_reason(error)}; remove it by hand"
+            ) from error
+        self.published = False
 
     def publish_whole(self) -> None:
         """Makes a draft that holds the layout around an image directory (or those of a pod's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 from shim import cgroup, messages, runcstate
+from shim.cuda import discovery
 from shim.cuda.suspension import Process
 
 TYPE_CHECKING = False
@@ -186,6 +187,11 @@ class Container:
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""
         return runcstate.load(self.runc.root or runcstate.DEFAULT_ROOT, self.namespace, self.id)
+
+    def has_ended(self) -> bool:
+        """Whether its first process has ended."""
+        state = self.runc_state()
+        return not discovery.alive(state.init_process_pid, state.init_process_start)
 
     def freezer(self) -> str:
         """The directory of the control group that Pause freezes; "" if runc recorded none."""

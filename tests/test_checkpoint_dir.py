@@ -715,3 +715,21 @@ def test_importing_it_stays_cheap() -> None:
         "shim.digests",
         "shim.manifest",
     }
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_checkpoint_can_be_withdrawn(
+    place: pathlib.Path, within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if within:
+        place.mkdir()
+        monkeypatch.setattr(checkpoint_dir, "_is_mount_point", lambda path: True)
+    draft = Draft.begin(str(place))
+    draft.withdraw()  # there is nothing yet
+    dump_into(draft)
+    draft.publish(a_manifest())
+    assert (place / "grit.json").exists()
+    draft.withdraw()
+    draft.discard()
+    assert [p.name for p in place.parent.rglob("*")] == (["checkpoint"] if within else [])
+    assert published(place).files

@@ -11,7 +11,9 @@ import pytest
 
 from shim import preflight
 from shim.config import GritOptions
-from shim.cuda import limits
+from shim.cuda import discovery, limits
+from shim.cuda.driver import Library
+from shim.cuda.errors import LibraryError
 from shim.cuda.survey import Device, Survey, Use
 
 MIB = 1 << 20
@@ -156,6 +158,56 @@ def test_mps_is_looked_for_where_the_process_would(
     (tmp_path / "control").touch()
     assert limits._mps_control(ME) == f"{tmp_path}/control"
     assert limits._uvm_mappings(ME) == 0
+
+
+class FakeDriver:
+    """A helper that found this library, or none."""
+
+    def __init__(self, library: Library | None) -> None:
+        self.found = library
+
+    def library(self) -> Library:
+        if self.found is None:
+            raise LibraryError("no libcuda.so.1 on this node")
+        return self.found
+
+    def survey(self, pids: list[int], *, timeout: float) -> Survey:
+        return survey()
+
+
+def held_against(
+    library: Library | None, *, devices: bool = True, **settings: Any
+) -> tuple[list[str], str]:
+    driver: Any = FakeDriver(library)
+    candidate = discovery.Candidate(ME, 1, (7,), "trainer", devices)
+    problems, engine, _ = preflight.against_cuda(GritOptions(**settings), driver, [candidate])
+    return problems, engine
+
+
+WHOLE = Library("/lib/libcuda.so.1", 13000, ())
+OLD = Library("/lib/libcuda.so.1", 12040, ("cuCheckpointProcessLock",))
+
+
+def test_what_the_driver_allows_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shim.devices.driver_version", lambda: "550.1.2")
+    monkeypatch.setattr("shim.criu_bridge.client.version", lambda criu: (4, 1, 1))
+    assert held_against(WHOLE) == ([], "driver")
+    (told,), engine = held_against(OLD, plugin_dir="/nowhere")
+    assert engine == ""
+    assert "lacks cuCheckpointProcessLock (needs driver r570 or later)" in told
+    assert "/nowhere/cuda_plugin.so does not exist" in told
+    assert told.endswith("(NVIDIA driver 550.1.2)")
+    (tmp_path / "cuda_plugin.so").touch()
+    (told,), engine = held_against(OLD, plugin_dir=str(tmp_path))
+    assert engine == "plugin"
+    assert "name NVIDIA's `cuda-checkpoint` as `cuda_checkpoint`" in told
+    nvidias = {"plugin_dir": str(tmp_path), "cuda_checkpoint": "/usr/bin/cuda-checkpoint"}
+    assert held_against(OLD, **nvidias) == ([], "plugin")
+
+
+def test_a_node_without_a_driver_matters_to_who_has_the_device() -> None:
+    assert held_against(None) == (["no libcuda.so.1 on this node"], "")
+    assert held_against(None, devices=False) == ([], "")
 
 
 def test_reasons_are_told_together() -> None:

@@ -5,6 +5,7 @@ lines of what it found. No check raises, and none changes anything.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import socket
 import struct
@@ -237,7 +238,7 @@ class Daemon:
     def configuration(self) -> tuple[dict[str, Any], str]:
         """What containerd runs with, imports and defaults included; or why that is not known."""
         file = CONFIG
-        for word, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
+        for word, following in itertools.pairwise([*self.arguments, ""]):
             if word in ("-c", "--config"):
                 file = following
             elif word.startswith("--config="):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HELPER = "shim.cuda.helper"
 _FUTEX = "202"
+_RECEIVE = ("45", "47")  # recvfrom, recvmsg
 
 
 def start(start_job: StartJob, node: Node, *words: str) -> tuple[Job, Report]:
@@ -102,13 +103,44 @@ def criu_halted(job: Job) -> int:
     on the host."""
     status = f"/proc/{job.pid()}/status"
     deadline = time.monotonic() + 30
-    while not (criu := _tracer(status)):
-        assert time.monotonic() < deadline, "CRIU did not come"
-        time.sleep(0.0005)  # `until` naps longer than a dump may take
-    os.kill(criu, signal.SIGSTOP)
+    with _first_in_line():
+        while not (criu := _tracer(status)):
+            assert time.monotonic() < deadline, "CRIU did not come"
+            time.sleep(0.0005)  # `until` naps longer than a dump may take
+        os.kill(criu, signal.SIGSTOP)
     until("CRIU's halt", lambda: _process_state(criu) == "T")
     assert _tracer(status) == criu, "the dump was over before CRIU was stopped"
     return criu
+
+
+@contextlib.contextmanager
+def _first_in_line() -> Iterator[None]:
+    """This thread gets a processor when it wakes, on however busy a machine."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def criu_with_all_written(job: Job, images: str) -> int:
+    """Stops CRIU when it has written its dump and waits for the shim, which then publishes it; its
+    pid on the host."""
+    place = job.node.path(images)
+    criu = criu_halted(job)
+    while True:
+        os.kill(criu, signal.SIGCONT)
+        time.sleep(0.001)
+        os.kill(criu, signal.SIGSTOP)
+        until("CRIU's halt", lambda: _process_state(criu) == "T")
+        with open(f"/proc/{criu}/syscall") as file:
+            waits = file.read().split()[0] in _RECEIVE
+        if waits and list(place.parent.glob("*partial*/inventory.img")):
+            # While it was still busy with the job's processes, nothing comes of it.
+            with contextlib.suppress(AssertionError):
+                until("the checkpoint", place.joinpath("grit.json").exists, 5)
+                return criu
 
 
 def _tracer(status: str) -> int:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.faults import alive_and_well, checkpointing, criu_halted, start, told
+from tests.e2e.faults import (
+    alive_and_well,
+    checkpointing,
+    criu_halted,
+    criu_with_all_written,
+    start,
+    told,
+)
 from tests.e2e.gpu import configure, go_on
 from tests.e2e.test_gpu_failures import tmpfs
 
@@ -26,6 +33,21 @@ def test_killed(gpu_node: Place, start_job: StartJob, images: str, engine: str) 
     why = told(client)
     assert "CRIU ended without an answer (killed by signal 9)" in why
     assert "the container stays paused" in why  # until the client's Resume
+    alive_and_well(job, before, images)
+
+
+@pytest.mark.parametrize("flags", [[], ["--exit"]], ids=["goes on", "exit"])
+def test_killed_when_all_is_written(
+    gpu_node: Place, start_job: StartJob, images: str, flags: list[str]
+) -> None:
+    """The checkpoint was there, but its call fails: it must not be found under its name, nor be in
+    the next one's way."""
+    node, _ = gpu_node
+    configure(node)
+    job, before = start(start_job, node)
+    client = checkpointing(job, images, *flags)
+    os.kill(criu_with_all_written(job, images), signal.SIGKILL)
+    assert "killed by signal 9" in told(client)
     alive_and_well(job, before, images)
 
 

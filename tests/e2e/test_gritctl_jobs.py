@@ -206,6 +206,13 @@ def interrupt(node: Node, number: int = signal.SIGINT) -> None:
             os.kill(node.host_pid(pid), number)
 
 
+def hold_dump(node: Node) -> list[int]:
+    """Stops CRIU in the middle of its dump; its pids."""
+    until("a draft", lambda: list(node.path(PLACE).glob(".*/.*")))
+    place = next(iter(node.path(PLACE).glob(".*")))
+    return hold_criu(node, f"{PLACE}/{place.name}/checkpoint")
+
+
 def goes_on(job: Job, board: SimGpu, process: Process) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
@@ -234,16 +241,22 @@ def test_interrupted_while_copying(gpu_node: Place, start_job: StartJob) -> None
 def test_interrupted_while_criu_dumps(
     gpu_node: Place, start_job: StartJob, number: signal.Signals
 ) -> None:
-    """The dump is given up at once: CRIU, which stands still here, is not waited for."""
     node, board = gpu_node
     job = start_job("--cpu-bytes", str(128 << 20))
     process = begin(node)
-    until("a draft", lambda: list(node.path(PLACE).glob(".*/.*")))
-    place = next(iter(node.path(PLACE).glob(".*")))
-    inside = f"{PLACE}/{place.name}/checkpoint"
-    criu = hold_criu(node, inside)
+    criu = hold_dump(node)
     interrupt(node, number)
     signal_all(criu, signal.SIGCONT)
+    goes_on(job, board, process)
+
+
+def test_interrupted_while_criu_hangs(gpu_node: Place, start_job: StartJob) -> None:
+    """The dump is given up: it is not waited for to its end, which here never comes."""
+    node, board = gpu_node
+    job = start_job("--cpu-bytes", str(128 << 20))
+    process = begin(node)
+    hold_dump(node)
+    interrupt(node)
     goes_on(job, board, process)
 
 
