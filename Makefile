@@ -8,7 +8,7 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup package nodes lint test gpu-kit gpu-test demo bench install uninstall proto
+.PHONY: help venv setup package table nodes lint test gpu-kit gpu-test demo bench install uninstall proto
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,9 @@ lint: venv  ## ruff and mypy
 
 test: lint nodes  ## all of it: lint, unit tests, then end to end on Debian 12, 13 and forky
 	$(PY) -m pytest
+
+table: nodes  ## the table of clients in docs/compatibility.md, from the outcomes of its tests
+	$(PY) -m pytest --write-table
 
 nodes: setup venv  ## the Debian systems that tests and demo run on, kept in /var/cache/grit-tests
 	@$(PY) -m tests.nodes

@@ -254,7 +254,10 @@ def _dump(
         container.end_dump()
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
-            shutil.copy(os.path.join(work, name), os.path.dirname(work))
+            try:
+                shutil.copy(os.path.join(work, name), os.path.dirname(work))
+            except OSError as problem:
+                log.warning("CRI will miss a file of CRIU's", id=container.id, error=problem)
     log.info(
         "dumped",
         id=container.id,

@@ -53,6 +53,22 @@ def _end_dump(pid: int) -> None:
 
 
 def _end_tasks(home: str) -> None:
+    tasks = group.tasks(home)
+    removed = [path for path in tasks.values() if not os.path.isdir(path)]
+    # containerd 2.1 removes the bundles of a pod whose shim has died while its containers run on,
+    # and runc, which logs to the bundle, then ends none of them.
+    for path in removed:
+        os.makedirs(path, mode=0o711)
+    try:
+        _ask_for_the_end(home, list(tasks))
+    finally:
+        for path in removed:
+            import shutil
+
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _ask_for_the_end(home: str, ids: list[str]) -> None:
     import time
 
     from shim import messages
@@ -62,12 +78,6 @@ def _end_tasks(home: str) -> None:
     answer = group.answer(home)
     service = messages.SERVICES[1 if '"version":3' in answer.replace(" ", "") else 0]
     deadline = time.monotonic() + _BUDGET
-    tasks = group.tasks(home)
-    removed = [path for path in tasks.values() if not os.path.isdir(path)]
-    # containerd 2.1 removes the bundles of a pod whose shim has died while its containers run on,
-    # and runc, which logs to the bundle, then ends none of them.
-    for path in removed:
-        os.makedirs(path, mode=0o711)
     with Client(connect(bundle.address_in(answer))) as inner:
 
         def ask(method: str, request: Message) -> None:
@@ -77,16 +87,12 @@ def _end_tasks(home: str) -> None:
             except StatusError:
                 pass  # gone already, or not to be had: the stock delete follows
 
-        for id in tasks:
+        for id in ids:
             ask("Kill", messages.KillRequest(id=id, signal=9, all=True))
-        for id in tasks:
+        for id in ids:
             ask("Wait", messages.ExecRequest(id=id))
             ask("Delete", messages.ExecRequest(id=id))
         ask("Shutdown", messages.ShutdownRequest(now=True))
-    for path in removed:
-        import shutil
-
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _end_process(pid: int) -> None:

@@ -175,7 +175,10 @@ class Pod:
             if pause is not None and one.id in pause.members:
                 pause.claimed.discard(one.id)
                 del pause.members[one.id]
-                self._go_on(pause)
+                try:
+                    self._go_on(pause)
+                except PodError as error:
+                    log.error("a pod could not be resumed", ended=one.id, error=error)
 
     def _pause_all(self, one: Container, metadata: Mapping[str, str]) -> _Pause:
         members = [

@@ -139,7 +139,8 @@ def start(container: Container) -> bytes:
     found = container.restore
     assert found is not None
     began = time.monotonic()
-    names = uts.wanted(bundle.read_spec(container.bundle))
+    spec = bundle.read_spec(container.bundle)
+    names = uts.wanted(spec)
     try:
         reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
@@ -147,7 +148,7 @@ def start(container: Container) -> bytes:
     criu = round(time.monotonic() - began, 3)
     container.phases["criu_restore"] = criu
     try:
-        uts.give(names, messages.StartResponse.decode(reply).pid)
+        uts.give(names, spec, messages.StartResponse.decode(reply).pid)
         _thaw(container)
         if found.processes:
             injected.make_device_files(container.runc_state().init_process_pid, found.given)

@@ -40,9 +40,11 @@ class Tasks:
         }
 
     def handler_for(self, service: str, method: str) -> Handler | None:
+        if service not in messages.SERVICES:
+            return None
         if method == "State" and self._pod.paused_together:
             return self._state
-        handler = self._handlers.get(method) if service in messages.SERVICES else None
+        handler = self._handlers.get(method)
         return (lambda call: _told(call, handler)) if handler else None
 
     def connection_closed(self, connection: int) -> None:
@@ -140,7 +142,9 @@ class Tasks:
         if request.exec_id or request.id not in self._containers:
             return FORWARD
         reply = self._relay(call, call.payload)
-        self._pod.forget(self._containers.pop(request.id))
+        one = self._containers.pop(request.id, None)
+        if one is not None:
+            self._pod.forget(one)
         group.remove_task(self._home, request.id)
         return reply
 

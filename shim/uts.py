@@ -23,17 +23,16 @@ def wanted(spec: dict[str, Any]) -> dict[str, str]:
     """The names that a container made from this specification has: those of the namespace that it
     joins, else the specification's own; none where it uses the node's. Raises OSError if the
     namespace is not to be entered."""
-    namespaces = (spec.get("linux") or {}).get("namespaces") or []
-    for namespace in namespaces:
-        if namespace["type"] == "uts":
-            if namespace.get("path"):
-                return _inside(str(namespace["path"]), _read)
-            return {"hostname": str(spec["hostname"])} if spec.get("hostname") else {}
-    return {}
+    joined = _joined(spec)
+    if joined:
+        return _inside(joined, _read)
+    own = joined is not None and spec.get("hostname")
+    return {"hostname": str(spec["hostname"])} if own else {}
 
 
-def give(names: dict[str, str], pid: int) -> None:
-    """Gives the namespace of process `pid` these names. Raises OSError."""
+def give(names: dict[str, str], spec: dict[str, Any], pid: int) -> None:
+    """Gives these names to the namespace that the container joins, else to that of its process
+    `pid`, if that has not ended. Raises OSError."""
 
     def write() -> dict[str, str]:
         for name, value in names.items():
@@ -43,7 +42,16 @@ def give(names: dict[str, str], pid: int) -> None:
         return names
 
     if names:
-        _inside(f"/proc/{pid}/ns/uts", write)
+        try:
+            _inside(_joined(spec) or f"/proc/{pid}/ns/uts", write)
+        except FileNotFoundError:
+            pass
+
+
+def _joined(spec: dict[str, Any]) -> str | None:
+    """The path of the namespace; "" for one of the container's own, None for the node's."""
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    return next((str(ns.get("path") or "") for ns in namespaces if ns["type"] == "uts"), None)
 
 
 def _read() -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from shim import config
+from shim import __version__, config
 from tests.nodes.installed import REPOSITORY
 from tests.nodes.node import CONFIG, Node
 
@@ -41,3 +42,26 @@ def test_containerd_takes_the_drop_in(name: str, drop_in: str) -> None:
     assert "io.containerd.grit.v1" in dump
     assert "/etc/containerd/grit.toml" in dump
     assert "containerd.runtimes.runc" in dump  # added, not in place of the stock one
+
+
+def test_manifests_belong_together() -> None:
+    """One version, one label, one name of the runtime, in all that a cluster is given."""
+    runtime_class = yaml.safe_load((PACKAGING / "kubernetes/runtimeclass.yaml").read_text())
+    assert runtime_class["apiVersion"] == "node.k8s.io/v1"
+    assert (
+        f"runtimes.{runtime_class['handler']}]"
+        in (PACKAGING / "containerd/config-v3.toml").read_text()
+    )
+    daemon_set = yaml.safe_load((PACKAGING / "kubernetes/node-installer.yaml").read_text())
+    pod = daemon_set["spec"]["template"]
+    labels = daemon_set["spec"]["selector"]["matchLabels"]
+    assert labels.items() <= pod["metadata"]["labels"].items()
+    assert pod["spec"]["nodeSelector"] == runtime_class["scheduling"]["nodeSelector"]
+    (container,) = pod["spec"]["containers"]
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    containerfile = (PACKAGING / "installer/Containerfile").read_text()
+    assert container["image"].endswith(f":{__version__}")
+    assert f"containerd-shim-grit-{__version__}.tar.gz" in containerfile
+    assert container["image"] in containerfile
+    assert f"grit_{__version__}_all.deb" in (REPOSITORY / "docs/kubernetes.md").read_text()

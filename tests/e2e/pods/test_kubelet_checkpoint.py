@@ -58,6 +58,7 @@ def checkpoint(one: Pod, name: str = "main") -> None:
     one.kubelet.cri("CheckpointContainer", container_id=one.ids[name], location=ARCHIVE)
 
 
+@pytest.mark.cell("CRI `CheckpointContainer`, and restore of its archive", node="forky")
 @pytest.mark.parametrize("handler", ["grit", "grit-as-runc"])
 def test_archive_and_restore(place: Kubelet, handler: str, engine: str) -> None:
     gpu.configure(place.node, engine=engine)

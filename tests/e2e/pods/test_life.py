@@ -41,14 +41,17 @@ def place(own: Kubelet, clean: Clean) -> Kubelet:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("own", ["forky"], indirect=True)
 def test_fifty_pods(own: Kubelet) -> None:
-    """Created, checkpointed and deleted, ten at a time: nothing is left of them."""
+    """Created, checkpointed and deleted, ten at a time, one of them with a GPU: nothing is left."""
     before = own.node.leaks()
     for turn in range(5):
-        pods = [own.gpu_pod(f"pod-{turn}-{number}").run() for number in range(10)]
+        pods = [own.pod(f"pod-{turn}-{number}", {"main": COUNT}).run() for number in range(9)]
+        pods.append(own.gpu_pod(f"pod-{turn}-gpu").run())
         for one in pods:
             agent.checkpoint_pod(one, f"{DIRECTORY}/{one.name}")
-            one.next_report()
+            assert one.status("main").state == kubelets.RUNNING
+        pods[-1].next_report()
         for one in pods:
             one.remove()
         own.node.run(["rm", "-rf", DIRECTORY])

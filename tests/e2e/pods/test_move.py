@@ -165,7 +165,7 @@ def test_refused_for_the_type_of_gpu() -> None:
         moved(one, b)
         told = start_refused(b)
         assert f"no GPU for the checkpoint's {H100}" in told
-        assert "A100" in told and "the type must be the same" in told
+        assert "NVIDIA A100-SXM4-80GB (GPU-a100) is another type" in told
 
 
 def _pretend(kubelet: Kubelet, model: str) -> None:

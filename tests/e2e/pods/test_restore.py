@@ -44,11 +44,15 @@ def unbroken(pod: Pod, name: str = "main") -> None:
     assert counts == list(range(len(counts)))
 
 
-def test_agent_unpatched(kubelet: Kubelet, pod: MakePod, directory: str, engine: str) -> None:
+@pytest.mark.cell("GRIT's agent, and restore by annotation")
+@pytest.mark.parametrize("handler", ["grit", "grit-as-runc"])
+def test_agent_unpatched(
+    kubelet: Kubelet, pod: MakePod, directory: str, engine: str, handler: str
+) -> None:
     """Two GPU containers of one pod: saved while they run on, and restored as another pod, with
     their files, tokens and log; the sandbox is a new one."""
     gpu.configure(kubelet.node, engine=engine)
-    one = pod("train", "main", "side").run()
+    one = pod("train", "main", "side", handler=handler).run()
     before = {name: one.next_report(name) for name in one.ids}
     agent.checkpoint_pod(one, directory)
     assert kubelet.board
@@ -60,7 +64,8 @@ def test_agent_unpatched(kubelet: Kubelet, pod: MakePod, directory: str, engine:
     old_ip = one.ip()
     one.remove()
 
-    again = pod("train", "main", "side", annotations=annotated(directory)).run()
+    notes = annotated(directory)
+    again = pod("train", "main", "side", handler=handler, annotations=notes).run()
     for name in again.ids:
         gpu.go_on(before[name], again.next_report(name))
         unbroken(again, name)

@@ -1,5 +1,5 @@
-"""nerdctl's two sequences, replayed call by call, under both names by which grit can be run
-(nerdctl: pkg/cmd/checkpoint/create.go, pkg/taskutil/taskutil.go).
+"""Clients under both names by which grit can be run: ctr, and nerdctl's two sequences, replayed
+call by call (nerdctl: pkg/cmd/checkpoint/create.go, pkg/taskutil/taskutil.go).
 
 nerdctl asks for `exit` of runtimes named runc only, and cannot name a shim's path. So grit stands
 where containerd looks for the stock shim: 1.7 in its PATH, 2.1 beside its own program, where the
@@ -131,6 +131,23 @@ def test_leave_running(
     assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
 
 
+@pytest.mark.cell("`ctr container checkpoint`, `restore`")
+@pytest.mark.parametrize("runtime", [GRIT, STOCK])
+def test_ctr(gpu_node: Place, start_job: StartJob, runtime: str, engine: str) -> None:
+    node, board = gpu_node
+    configure(node, engine=engine)
+    options = ["--runc-root=/run/containerd/runc"] if runtime == STOCK else []
+    job = start_job(runtime=runtime, options=options)  # ctr 1.7 wants some to restore it
+    before = job.next_report()
+    job.checkpoint_container("local/saved:1")
+    go_on(before, job.next_report())
+    job.end()
+    assert board.owners() == {}
+    job.restore_container("local/saved:1")
+    go_on(before, job.next_report())
+
+
+@pytest.mark.cell("`nerdctl checkpoint create`, `start --checkpoint`")
 @pytest.mark.parametrize("runtime", [GRIT, STOCK])
 def test_create_and_start(
     gpu_node: Place, start_job: StartJob, nerdctl: Nerdctl, runtime: str, engine: str
