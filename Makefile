@@ -38,8 +38,10 @@ lint: venv  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint nodes  ## all of it: lint, unit tests, then end to end on Debian 12, 13 and forky
-	$(PY) -m pytest
+# Files go to one of two processes each; what most tests do most of the time is wait.
+JOBS ?= 2
+test: lint nodes  ## all of it: lint, unit tests, end to end on Debian 12, 13 and forky
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 table: nodes  ## the table of clients in docs/compatibility.md, from the outcomes of its tests
 	$(PY) -m pytest --write-table

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from tests.e2e import compatibility
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-CELLS = pytest.StashKey[set[compatibility.Cell]]()
-OUTCOMES = pytest.StashKey[dict[compatibility.Cell, bool]]()
 ALL_CELLS = 28
-"""How many there are: fewer were collected when only some tests are run."""
+"""How many there are: fewer come out when only some tests are run."""
+
+outcomes: dict[compatibility.Cell, bool] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +20,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     line = "cell(client, **where): fills a cell of the table in docs/compatibility.md"
     config.addinivalue_line("markers", line)
-    config.stash[CELLS], config.stash[OUTCOMES] = set(), {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,23 +27,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "tests/e2e/" in item.nodeid)
     if config.getoption("--write-table"):
         items[:] = [item for item in items if compatibility.cell_of(item)]
-    config.stash[CELLS] = {cell for cell in map(compatibility.cell_of, items) if cell}
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A report tells its cell also where the test ran in another process (xdist)."""
     cell = compatibility.cell_of(item)
-    if cell and (report.when == "call" or report.failed):
-        item.config.stash[OUTCOMES][cell] = report.passed
-    return report
+    if cell:
+        item.user_properties.append(("cell", cell))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, cell in report.user_properties:
+        if name == "cell" and (report.when == "call" or report.failed):
+            client, containerd, runtime, engine = cell  # a list, from another process
+            outcomes[client, containerd, runtime, engine] = report.passed
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The table is written, or held against what came out, once all its tests have run."""
-    outcomes = session.config.stash[OUTCOMES]
     if len(outcomes) < ALL_CELLS:
         return
     text = compatibility.table(dict(sorted(outcomes.items())))
