@@ -246,7 +246,7 @@ def load(path: str | None = None) -> tuple[RuncOptions, GritOptions]:
 
 def parse(text: str, where: str) -> tuple[RuncOptions, GritOptions]:
     """The settings in the TOML `text`; `where` is what errors call it. Raises ConfigError."""
-    if not text.strip():
+    if not text.strip(" \t\n"):
         return RuncOptions(), GritOptions()
     document = _read_toml(text, where)
     runc: dict[str, object] = {}
