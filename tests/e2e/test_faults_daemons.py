@@ -77,7 +77,8 @@ def test_containerd_restarted(
     sig: signal.Signals,
 ) -> None:
     """Whoever wanted the checkpoint has gone with containerd, and no Resume comes: the shim itself
-    brings the attempt to a good end, and the container back."""
+    brings the attempt to a good end, and the container back. A containerd that ends in good order
+    may let its client's Resume through, which gives a dump under way up."""
     node, board = gpu_node
     configure(node, engine=engine)
     job, before = start(start_job, node)
@@ -94,9 +95,10 @@ def test_containerd_restarted(
         case "dump":
             criu = criu_halted(job)
             restart_containerd(node, sig)
-            assert job.status() == "PAUSED"
             os.kill(criu, signal.SIGCONT)
-            published(node, images)
+            until("CRIU's end", lambda: not node.pids("criu"))
+            dumped = node.path(f"{images}/grit.json").exists()
+            assert dumped or sig == signal.SIGTERM
         case "dumped":  # the answer is on its way to a containerd that will never read it
             criu = criu_halted(job)
             with halted(node, "containerd"):

@@ -378,12 +378,13 @@ class Node:
         return found
 
     def pids(self, command: str) -> list[int]:
-        """The pids in the node of the processes whose program's file name is `command`."""
-        found = []
-        for pid, words in self.processes().items():
-            if os.path.basename(words[0]) == command:
-                found.append(pid)
-        return sorted(found)
+        """The pids in the node of the processes whose program's file name is `command`, or that
+        call themselves so, as CRIU does while it dumps ("criu: dump ...")."""
+        return sorted(
+            pid
+            for pid, words in self.processes().items()
+            if os.path.basename(words[0]) == command or words[0].startswith(f"{command}: ")
+        )
 
     def host_pid(self, pid: int) -> int:
         """The host's number of the node's process `pid`; ProcessLookupError if it is gone."""
