@@ -35,7 +35,7 @@ from shim import (
     proof,
     volumes,
 )
-from shim.criu_bridge import client, request
+from shim.criu_bridge import client, freezer, request
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Service, Swrk
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from shim.runcstate import RunState
 
 CRIU_CONFIG = "grit-criu-dump.conf"
+
+_FREEZE_SECONDS = 10.0
 
 _ROUNDS = 3
 """How often a process that takes up CUDA between suspend and freeze makes us begin again."""
@@ -126,6 +128,10 @@ def resume(container: Container) -> None:
     """
     if container.suspension is None or container.status() == messages.PAUSED:
         began = time.monotonic()
+        # What froze it may be undone: a CRIU that was killed leaves it thawed. The inner shim does
+        # not look, and runc resumes nothing that runs.
+        if container.freezer():
+            freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
         container.ask("Resume")
         container.phases["thaw"] = _since(began)
         log.info("thawed", id=container.id, phase="thaw", seconds=container.phases["thaw"])

@@ -48,6 +48,24 @@ def test_pause_gives_the_memory_back(gpu_node: Place, start_job: StartJob) -> No
     go_on(before, job.next_report())
 
 
+def test_resumed_although_it_was_thawed(gpu_node: Place, start_job: StartJob) -> None:
+    """As a CRIU that is killed in the middle of a dump may leave it."""
+    node, board = gpu_node
+    configure(node)
+    job = start_job()
+    before = job.next_report()
+    job.ctr("task", "pause", job.name)
+    v1 = node.path(f"/sys/fs/cgroup/freezer/default/{job.name}/freezer.state")
+    if v1.exists():
+        v1.write_text("THAWED")
+    else:
+        node.path(f"/sys/fs/cgroup/default/{job.name}/cgroup.freeze").write_text("0")
+    job.ctr("task", "resume", job.name)
+    assert job.status() == "RUNNING"
+    assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
+    go_on(before, job.next_report())
+
+
 def calls(node: Node) -> set[int]:
     """The driver calls under way: threads of the helper, but for its first."""
     threads: set[int] = set()

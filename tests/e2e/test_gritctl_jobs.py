@@ -253,11 +253,6 @@ def test_interrupted_while_criu_dumps(
 def test_interrupted_while_criu_hangs(gpu_node: Place, start_job: StartJob) -> None:
     """The dump is given up: it is not waited for to its end, which here never comes."""
     node, board = gpu_node
-    if node.name == "forky":
-        pytest.skip(
-            "seen once in two: after CRIU 4.2 was killed in the middle of a dump on cgroup v2, "
-            "runc found the container not paused, and it could not be resumed"
-        )
     job = start_job("--cpu-bytes", str(128 << 20))
     process = begin(node)
     hold_dump(node)
