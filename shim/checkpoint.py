@@ -126,11 +126,12 @@ def resume(container: Container) -> None:
     Can be called again after a failure: what is done already is not done twice. Raises
     CudaError or the inner shim's StatusError.
     """
-    if container.suspension is None or container.status() == messages.PAUSED:
+    paused = container.status() == messages.PAUSED
+    if container.suspension is None or paused:
         began = time.monotonic()
-        # What froze it may be undone: a CRIU that was killed leaves it thawed. The inner shim does
-        # not look, and runc resumes nothing that runs.
-        if container.freezer():
+        if paused and container.freezer() and not container.has_ended():
+            # A CRIU that was killed leaves it thawed. The inner shim does not look, and runc
+            # resumes nothing that runs.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
         container.ask("Resume")
         container.phases["thaw"] = _since(began)
