@@ -230,7 +230,6 @@ def _dump(
     request.write_descriptors(state, draft.path)
     volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
     criu = _criu(container, plugin)
-    version = ".".join(map(str, client.version(criu)))
     began = time.monotonic()
 
     def notified(script: str) -> bool:
@@ -238,7 +237,7 @@ def _dump(
             if plugin:
                 _require_copies(container)
             proof.require(cuda, draft.path, uncopied)
-            manifest = _manifest(container, opts, version)
+            manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
             whole = draft.publish(manifest)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
@@ -327,7 +326,7 @@ def _require_copies(container: Container) -> None:
             )
 
 
-def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
+def _manifest(container: Container, opts: CriuOpts) -> Manifest:
     suspension = container.suspension
     notes = bundle.annotations_of(bundle.read_spec(container.bundle))
     system = os.uname()
@@ -342,7 +341,7 @@ def _manifest(container: Container, opts: CriuOpts, criu: str) -> Manifest:
         engine=suspension.engine if suspension else "none",
         driver_version=devices.driver_version() if suspension else None,
         gpus=[{"uuid": one["uuid"], "name": one["name"]} for one in gpus],
-        criu_version=criu,
+        criu_version=container.criu_version,
         kernel=system.release,
         hostname=system.nodename,
         cpu=fit.cpu(),

@@ -81,6 +81,7 @@ class Container:
         "_inner",
         "bundle",
         "config",
+        "criu_version",
         "froze_in",
         "given",
         "id",
@@ -127,6 +128,8 @@ class Container:
         """Whether that is so: the pod is annotated `grit.dev/together`."""
         self.suspension: Suspension | None = None
         """The GPU as given back to the node; None while the container has it, or has none."""
+        self.criu_version = ""
+        """Of the CRIU that is to dump it, as it said before."""
         self.froze_in = 0.0
         """Seconds that the last freeze took, for the manifest."""
         self.paused_by: int | None = None

@@ -51,7 +51,7 @@ def before_suspend(container: Container, driver: Driver, images: str | None) -> 
     if candidates:
         problems, held = _against_suspension(container, driver, candidates, images is not None)
     if images is not None or problems:  # most Pauses that are refused have a Checkpoint to come
-        problems += against_criu(container.config) + against_dump(pids)
+        problems += _against_criu_of(container) + against_dump(pids)
     if images is not None:
         problems += against_space(images, pids, held)
     _refuse(container, problems, "nothing was done to it, it runs on")
@@ -61,7 +61,7 @@ def before_dump(container: Container, images: str) -> None:
     """The same for a container that its client has paused, whose GPU is suspended by now. Raises
     Refused."""
     pids = container.pids()
-    problems = against_criu(container.config) + against_dump(pids)
+    problems = _against_criu_of(container) + against_dump(pids)
     uncopied = 0
     suspension = container.suspension
     if suspension is not None and suspension.engine == "plugin":  # CRIU copies as it dumps
@@ -74,6 +74,16 @@ def before_dump(container: Container, images: str) -> None:
 
 def against_criu(config: GritOptions) -> list[str]:
     """Whether CRIU answers, and is one that this shim knows."""
+    return _ask_criu(config)[0]
+
+
+def _against_criu_of(container: Container) -> list[str]:
+    problems, container.criu_version = _ask_criu(container.config)
+    return problems
+
+
+def _ask_criu(config: GritOptions) -> tuple[list[str], str]:
+    """What stands against CRIU, and its version, "" if it has none to tell."""
     from shim.criu_bridge import client
     from shim.criu_bridge.errors import CriuError
     from shim.criu_bridge.transport import Service, Swrk
@@ -82,11 +92,14 @@ def against_criu(config: GritOptions) -> list[str]:
     try:
         version = client.version(criu)
     except CriuError as error:
-        return [f"CRIU cannot be used: {error}"]
+        return [f"CRIU cannot be used: {error}"], ""
+    text = ".".join(map(str, version))
+    problems = []
     if version < FIRST_CRIU:
-        text = ".".join(map(str, version))
-        return [f"CRIU is {text}, and 4.1 or later is needed: install one, or name it as `criu`"]
-    return []
+        problems = [
+            f"CRIU is {text}, and 4.1 or later is needed: install one, or name it as `criu`"
+        ]
+    return problems, text
 
 
 def against_dump(pids: list[int]) -> list[str]:

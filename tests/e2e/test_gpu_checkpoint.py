@@ -162,22 +162,15 @@ def test_nothing_is_written_while_paused(
 
 
 def test_tree(gpu_node: Place, start_job: StartJob, images: str, engine: str) -> None:
-    """Four CUDA processes, one without a context, and one that only maps the library: suspended
-    at the same time, not one after the other."""
+    """Four CUDA processes, one without a context, and one that only maps the library. (That they
+    are suspended at once: test_gpu_pause.py.)"""
     node, board = gpu_node
     configure(node, engine=engine)
     job = start_job("--procs", "ctx,init,ctx,map", "--bytes", str(2 << 20), runtime=honouring(node))
     names = [STATUS, *(f"{STATUS}.p{number}" for number in range(4))]
     marks = [job.next_report(name) for name in names]
-    board.fault("speed=8000000")
     job.checkpoint_task(images)
-    board.end_faults()
-    processes = manifest(node, images)["cuda_processes"]
-    assert len(processes) == 4
-    if engine == "driver":  # CRIU's plugin copies one process after the other
-        spans = [process["steps"]["checkpoint"] for process in processes]
-        first_end = min(span["at"] + span["seconds"] for span in spans)
-        assert all(span["at"] < first_end for span in spans)
+    assert len(manifest(node, images)["cuda_processes"]) == 4
     for name, mark in zip(names, marks, strict=True):
         go_on(mark, job.next_report(name))
     job.checkpoint_container("local/tree:1")
