@@ -41,7 +41,9 @@ lint: venv  ## ruff and mypy
 # Files go to one of two processes each; what most tests do most of the time is wait.
 JOBS ?= 2
 test: lint nodes  ## all of it: lint, unit tests, end to end on Debian 12, 13 and forky
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile || { \
+	  echo "once more, alone, what failed above: a busy machine is not to decide"; \
+	  $(PY) -m pytest --last-failed --last-failed-no-failures none; }
 
 table: nodes  ## the table of clients in docs/compatibility.md, from the outcomes of its tests
 	$(PY) -m pytest --write-table
