@@ -30,11 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PAGE = 4096
-
 _CORE_MAGIC = 0x55053847
 _MM_MAGIC = 0x57492820
-_PAGEMAP_MAGIC = 0x56084025
 _FILES_MAGIC = 0x56303138
 _MOUNTS_MAGIC = 0x55563928
 
@@ -86,20 +83,6 @@ class Vma(Message):
 
 class Mm(Message):
     vmas: list[Vma] = repeated(message(14, Vma))
-
-
-class PagemapHead(Message):
-    pages_id: int | None = optional(uint32(1))
-
-
-class PagemapEntry(Message):
-    """`compat_nr_pages` is what CRIU before 4.0 wrote."""
-
-    vaddr: int | None = optional(uint64(1))
-    compat_nr_pages: int | None = optional(uint32(2))
-    in_parent: bool | None = optional(bool_(3))
-    flags: int | None = optional(uint32(4))
-    nr_pages: int | None = optional(uint64(5))
 
 
 class RegularFile(Message):
@@ -249,17 +232,16 @@ def _kind(status: int) -> str:
 
 def _pagemap(directory: str, name: str) -> tuple[int, list[tuple[int, int]]]:
     """The number of the page file, and (address, bytes) of what lies in it."""
-    records = images.read_records(directory, name, _PAGEMAP_MAGIC)
+    records = images.read_records(directory, name, images.PAGEMAP_MAGIC)
     if not records:
         raise ImageError(f"{directory}/{name}: it names no page file")
-    head = images.decode(PagemapHead, records[0])
+    head = images.decode(images.PagemapHead, records[0])
     entries = []
     for record in records[1:]:
-        entry = images.decode(PagemapEntry, record)
+        entry = images.decode(images.PagemapEntry, record)
         if entry.in_parent or (entry.flags or 0) & _PARENT:
             continue
-        pages = entry.nr_pages or entry.compat_nr_pages or 0
-        entries.append((entry.vaddr or 0, pages * PAGE))
+        entries.append((entry.vaddr or 0, entry.size()))
     return head.pages_id or 0, entries
 
 

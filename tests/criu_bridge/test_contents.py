@@ -40,14 +40,14 @@ def directory(tmp_path: Path) -> Path:
     mm = contents.Mm(vmas=[private, heap, stack, library])
     write(tmp_path, "mm-1.img", 0x57492820, mm)
     entries = [
-        contents.PagemapHead(pages_id=3),
-        contents.PagemapEntry(vaddr=0x1F000, nr_pages=5, flags=4),  # across two areas
-        contents.PagemapEntry(vaddr=0x50000, compat_nr_pages=2),
-        contents.PagemapEntry(vaddr=0x52000, nr_pages=9, flags=1),  # lies in the parent's images
-        contents.PagemapEntry(vaddr=0x7F000, nr_pages=1, flags=4),
+        images.PagemapHead(pages_id=3),
+        images.PagemapEntry(vaddr=0x1F000, nr_pages=5, flags=4),  # across two areas
+        images.PagemapEntry(vaddr=0x50000, nr_pages_32=2),
+        images.PagemapEntry(vaddr=0x52000, nr_pages=9, flags=1),  # lies in the parent's images
+        images.PagemapEntry(vaddr=0x7F000, nr_pages=1, flags=4),
     ]
     write(tmp_path, "pagemap-1.img", 0x56084025, *entries)
-    shared = [contents.PagemapHead(pages_id=4), contents.PagemapEntry(vaddr=0, nr_pages=6)]
+    shared = [images.PagemapHead(pages_id=4), images.PagemapEntry(vaddr=0, nr_pages=6)]
     write(tmp_path, "pagemap-shmem-12.img", 0x56084025, *shared)
     return tmp_path
 
