@@ -17,3 +17,4 @@ def make(name: str) -> None:
 
 with ThreadPoolExecutor() as pool:
     list(pool.map(make, roots.RECIPES))
+roots.old_containerd()

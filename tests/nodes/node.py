@@ -24,6 +24,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -360,10 +361,11 @@ class Node:
         if process.returncode:
             raise NodeError(f"ctr image import {tar}: {stdout}{stderr}")
 
-    @property
+    @cached_property
     def containerd_version(self) -> tuple[int, int]:
-        """(1, 7) and the like: the release line of the node's containerd."""
-        return {"12": (1, 6), "13": (1, 7), "forky": (2, 1)}[self.name]
+        """(1, 7) and the like: the release line of the node's containerd, which says so itself."""
+        major, minor, _ = self.run(["containerd", "--version"]).stdout.split()[2].split(".", 2)
+        return int(major), int(minor)
 
     # --- what is in it --------------------------------------------------------------------
 
