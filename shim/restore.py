@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import nullcontext
 
 from shim import (
     bundle,
@@ -41,8 +42,11 @@ from shim.ttrpc import StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from shim.container import Container
     from shim.manifest import Manifest
+    from shim.pod import Pod
 
 ANNOTATION = "grit.dev/checkpoint"
 GRIT_RESTORE = "grit.dev/restore-name"
@@ -130,8 +134,9 @@ def _fill_log(container: Container, saved: str) -> None:
         )
 
 
-def start(container: Container) -> bytes:
+def start(container: Container, pod: Pod) -> bytes:
     """Restores the processes and gives them their GPU back; the inner shim's answer to Start.
+    Connections to other containers of the pod outlast it, where they are kept.
 
     Raises RestoreError, with the container killed, if any CUDA process does not run; the inner
     shim's StatusError if CRIU failed. Both with CRIU's log kept and its reason added.
@@ -142,7 +147,8 @@ def start(container: Container) -> bytes:
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
     try:
-        reply = container.ask("Start", messages.ExecRequest(id=container.id))
+        with _connections_of(container, found, pod):
+            reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
     criu = round(time.monotonic() - began, 3)
@@ -279,7 +285,7 @@ def _write_criu_config(
     lines: list[tuple[str, str | None]] = []
     if settings.tcp == "close":
         lines.append(("tcp-close", None))
-    elif settings.tcp == "established" or made_with.get("tcp_established"):
+    elif _keeps_connections(container, found):
         lines.append(("tcp-established", None))
     if settings.file_locks or made_with.get("file_locks"):
         lines.append(("file-locks", None))
@@ -295,6 +301,22 @@ def _write_criu_config(
     bundle.replace(os.path.join(container.bundle, bundle.BASE_CONFIG), base or "", mode=0o600)
     spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
+
+
+def _connections_of(container: Container, found: Restore, pod: Pod) -> AbstractContextManager[None]:
+    if not _keeps_connections(container, found):
+        return nullcontext()
+    from shim import loopback
+
+    if pod.ends is None:
+        pod.ends = loopback.Ends()
+    return pod.ends.restoring(container, found.images)
+
+
+def _keeps_connections(container: Container, found: Restore) -> bool:
+    if container.config.tcp != "refuse":
+        return container.config.tcp == "established"
+    return found.manifest is not None and bool(found.manifest.options.get("tcp_established"))
 
 
 def _thaw(container: Container) -> None:

@@ -30,6 +30,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    Connection = tuple[str, str, int, str, int]
+    """"ipv4" or "ipv6", address and port of the end in the images, address and port of its peer."""
+
 _CORE_MAGIC = 0x55053847
 _MM_MAGIC = 0x57492820
 _FILES_MAGIC = 0x56303138
@@ -194,6 +197,25 @@ def read(directory: str, regions: dict[int, list[tuple[int, int]]] | None = None
     if os.path.exists(os.path.join(directory, "files.img")):
         entries_ = images.read(directory, "files.img", OpenFile, _FILES_MAGIC)
         found.files = sorted(_described(entry) for entry in entries_)
+    return found
+
+
+def loopback_connections(directory: str) -> set[Connection]:
+    """The TCP connections in an image directory that go through a loopback; a listening socket is
+    none. Raises ImageError."""
+    found: set[Connection] = set()
+    if not os.path.exists(os.path.join(directory, "files.img")):
+        return found
+    for entry in images.read(directory, "files.img", OpenFile, _FILES_MAGIC):
+        one = entry.isk
+        if one is None or one.proto != socket.IPPROTO_TCP or not one.dst_port:
+            continue
+        family = one.family or 0
+        address, peer = _address(family, one.src_addr), _address(family, one.dst_addr)
+        if peer.startswith("127.") or peer == "[::1]":
+            kind = "ipv6" if family == socket.AF_INET6 else "ipv4"
+            ends = address.strip("[]"), one.src_port or 0, peer.strip("[]"), one.dst_port
+            found.add((kind, *ends))
     return found
 
 
