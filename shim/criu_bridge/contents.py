@@ -3,7 +3,7 @@ sockets, mounts.
 
 Field numbers and file names are those of CRIU 4.2's images (pstree, core, mm, pagemap, files and
 mountpoints; the values of `status` are in criu/include/image.h). For people to look at; a dump or
-a restore must not depend on it. Only reads, and never the pages themselves.
+a restore must not fail for want of it. Only reads, and never the pages themselves.
 """
 
 from __future__ import annotations
