@@ -44,6 +44,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from shim.checkpoint_dir import Problem
     from shim.container import Container
     from shim.manifest import Manifest
     from shim.pod import Pod
@@ -77,7 +78,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         if not images:
             return None
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
-    manifest = _verified(images)
+    manifest = _verified(images, beside=not create.checkpoint)
     fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, saved_log)
     injections: list[tuple[str, str | None]] = []
@@ -214,20 +215,35 @@ def _await_download(container: Container, directory: str) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _verified(images: str) -> Manifest | None:
-    """The manifest, after every file was compared with it. None for images without one."""
+def _verified(images: str, *, beside: bool) -> Manifest | None:
+    """The manifest, after every file was compared with it, and what lies `beside` with its own
+    sums. None for images without one. Raises CheckpointDirError for what is damaged, or could be
+    another user's work."""
+    suspicious = checkpoint_dir.untrusted(images)
+    if suspicious:
+        raise CheckpointDirError(
+            f"the checkpoint {images} was not restored, since others than root could have changed "
+            f"it: {_listed(suspicious)}"
+        )
+    problems = checkpoint_dir.verify_beside(images) if beside else []
+    manifest = None
     try:
         manifest = checkpoint_dir.load(images)
     except checkpoint_dir.ForeignCheckpoint:
         log.warning("images without a manifest: restored unverified", images=images)
-        return None
-    problems = [one for one in checkpoint_dir.verify(images, manifest) if one.kind != "extra"]
+    if manifest is not None:
+        found = checkpoint_dir.verify(images, manifest)
+        problems += [one for one in found if one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
-            f"the checkpoint {images} is damaged and was not restored: "
-            + "; ".join(map(str, problems))
+            f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"
         )
     return manifest
+
+
+def _listed(problems: list[Problem]) -> str:
+    shown = "; ".join(map(str, problems[:5]))
+    return shown + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _fit_gpus(container: Container, found: Restore, spec: dict[str, Any]) -> None:
