@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import threading
 
 import pytest
 
@@ -406,8 +407,17 @@ def test_a_directory_that_is_there_is_not_overwritten(server, tmp_path):
 
 def test_two_checkpoints_of_one_pod_come_one_after_the_other(server, tmp_path):
     server.create("two", "u2")
-    pods = Pods()  # its save asserts that the pod is not paused
+    pods, second = Pods(), threading.Event()
+
+    def during():
+        if pods.saves == 2:
+            second.set()
+        elif not second.wait(0.3):  # time to come, were it let in
+            pods.during = lambda: None
+
+    pods.during = during
     Agent(server, tmp_path, pods).settle()
+    assert not second.is_set()
     assert [server.status(("default", name))["phase"] for name in ("one", "two")] == [
         "Checkpointed"
     ] * 2
