@@ -453,3 +453,25 @@ def test_deleted_when_its_time_is_over(server, tmp_path, by):
     agent.settle()
     assert not server.kept
     assert not holds_checkpoint(tmp_path)
+
+
+def test_one_that_cannot_be_handled_does_not_keep_up_the_others(server, tmp_path):
+    server.kept = {}
+    server.create("bad", "u0")
+    server.kept["default", "bad"]["status"] = {"phase": "Failed", "finishedAt": "yesterday"}
+    server.kept["default", "bad"]["spec"]["ttlSecondsAfterFinished"] = 1
+    server.create("invalid", "u2")
+    server.create()
+    agent = Agent(server, tmp_path, Pods())
+    put = agent.client.put
+
+    def refuse(one):
+        if one["metadata"]["name"] == "invalid":
+            raise ApiError("422")
+        return put(one)
+
+    agent.client.put = refuse
+    agent.settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert any("default/bad" in line for line in agent.lines)
+    assert any("default/invalid: 422" in line for line in agent.lines)
