@@ -268,7 +268,13 @@ class Checkpoints:
             self._end(one, "Failed", "UnknownStore", f"{error}. Nothing was done to the pod")
             return
         except _NO_MATTER as error:
-            self._end(one, "Failed", "NotBegun", f"{error}. Nothing was done to the pod")
+            left = "Nothing was done to the pod"
+            if again:
+                left = (
+                    "The agent was ended while it checkpointed the pod, which may still be paused: "
+                    f"on node {self.settings.node}, gritctl resume -n k8s.io {pod}"
+                )
+            self._end(one, "Failed", "NotBegun", f"{error}. {left}")
             return
 
         def begun(status: dict[str, Any]) -> None:

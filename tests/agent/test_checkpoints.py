@@ -234,6 +234,22 @@ def test_killed_again_and_again_ends_with_the_pod_running(server, tmp_path):
     assert (pods.saves, pods.paused) == (ATTEMPTS, False)
 
 
+def test_a_pod_that_cannot_be_resumed_is_told_of(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+
+    def go_on(pod):
+        raise ContainerdError("UNAVAILABLE", "no shim")
+
+    pods.go_on = go_on
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "no shim" in server.message()
+    assert "gritctl resume -n k8s.io default/train" in server.message()
+
+
 def test_pod_replaced_while_no_agent_ran(server, tmp_path):
     pods = Pods()
     pods.dies = "paused"
