@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.nodes import cuda_plugin, installed, roots
+from tests.nodes import apiserver, cuda_plugin, installed, roots
 
 
 def make(name: str) -> None:
@@ -16,4 +16,6 @@ def make(name: str) -> None:
 
 
 with ThreadPoolExecutor() as pool:
+    control_plane = pool.submit(apiserver.directory)
     list(pool.map(make, roots.RECIPES))
+    control_plane.result()
