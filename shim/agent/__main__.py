@@ -17,7 +17,8 @@ from shim.agent.checkpoints import Checkpoints
 from shim.agent.pods import Pods
 from shim.gritctl.containerd import ADDRESS
 
-LOCK = "/run/grit-agent.lock"
+LOCK = "/run/containerd/grit-agent.lock"
+"""In a directory that a DaemonSet's pods share with the node: an old and a new one may meet."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -25,6 +25,10 @@ class Conflict(ApiError):
     """Somebody has changed the resource meanwhile; nothing was written."""
 
 
+class Unanswered(ApiError):
+    """The API server is away, or takes too long."""
+
+
 class Api:
     """The resources of one kind, by its `plural`, in all namespaces. All raise ApiError."""
 
@@ -145,5 +149,5 @@ def _asked(call: Callable[[], Any]) -> Any:
         if error.status == 404:
             raise _Gone(told) from error
         raise (Conflict if error.status == 409 else ApiError)(told) from error
-    except (HTTPError, OSError) as error:
-        raise ApiError(f"the API server does not answer: {error}") from error
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: an answer cut off
+        raise Unanswered(f"the API server does not answer: {error}") from error

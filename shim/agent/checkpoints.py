@@ -20,7 +20,7 @@ import threading
 import time
 
 from shim import checkpoint_dir
-from shim.agent.api import ApiError, Conflict
+from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.settings import UnknownStore
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.containerd import ContainerdError
@@ -103,8 +103,14 @@ class Checkpoints:
                 self._look(one, before)
             except Conflict:
                 pass  # somebody was faster; it is looked at again
-            except _NO_MATTER as error:
+            except Unanswered:
+                raise
+            except (ApiError, *_NO_MATTER) as error:
                 self.say(f"checkpoint {_name(one)}: {error}; looked at again")
+            except Exception as error:  # a status that others have filled; the rest must go on
+                self.say(f"checkpoint {_name(one)}: {type(error).__name__}: {error}")
+        if not self.jobs:
+            self._busy.clear()
         return version
 
     def stop(self) -> None:
@@ -262,7 +268,13 @@ class Checkpoints:
             self._end(one, "Failed", "UnknownStore", f"{error}. Nothing was done to the pod")
             return
         except _NO_MATTER as error:
-            self._end(one, "Failed", "NotBegun", f"{error}. Nothing was done to the pod")
+            left = "Nothing was done to the pod"
+            if again:
+                left = (
+                    "The agent was ended while it checkpointed the pod, which may still be paused: "
+                    f"on node {self.settings.node}, gritctl resume -n k8s.io {pod}"
+                )
+            self._end(one, "Failed", "NotBegun", f"{error}. {left}")
             return
 
         def begun(status: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import threading
 
 import pytest
 
@@ -233,6 +234,22 @@ def test_killed_again_and_again_ends_with_the_pod_running(server, tmp_path):
     assert (pods.saves, pods.paused) == (ATTEMPTS, False)
 
 
+def test_a_pod_that_cannot_be_resumed_is_told_of(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+
+    def go_on(pod):
+        raise ContainerdError("UNAVAILABLE", "no shim")
+
+    pods.go_on = go_on
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "no shim" in server.message()
+    assert "gritctl resume -n k8s.io default/train" in server.message()
+
+
 def test_pod_replaced_while_no_agent_ran(server, tmp_path):
     pods = Pods()
     pods.dies = "paused"
@@ -406,8 +423,17 @@ def test_a_directory_that_is_there_is_not_overwritten(server, tmp_path):
 
 def test_two_checkpoints_of_one_pod_come_one_after_the_other(server, tmp_path):
     server.create("two", "u2")
-    pods = Pods()  # its save asserts that the pod is not paused
+    pods, second = Pods(), threading.Event()
+
+    def during():
+        if pods.saves == 2:
+            second.set()
+        elif not second.wait(0.3):  # time to come, were it let in
+            pods.during = lambda: None
+
+    pods.during = during
     Agent(server, tmp_path, pods).settle()
+    assert not second.is_set()
     assert [server.status(("default", name))["phase"] for name in ("one", "two")] == [
         "Checkpointed"
     ] * 2
@@ -443,3 +469,25 @@ def test_deleted_when_its_time_is_over(server, tmp_path, by):
     agent.settle()
     assert not server.kept
     assert not holds_checkpoint(tmp_path)
+
+
+def test_one_that_cannot_be_handled_does_not_keep_up_the_others(server, tmp_path):
+    server.kept = {}
+    server.create("bad", "u0")
+    server.kept["default", "bad"]["status"] = {"phase": "Failed", "finishedAt": "yesterday"}
+    server.kept["default", "bad"]["spec"]["ttlSecondsAfterFinished"] = 1
+    server.create("invalid", "u2")
+    server.create()
+    agent = Agent(server, tmp_path, Pods())
+    put = agent.client.put
+
+    def refuse(one):
+        if one["metadata"]["name"] == "invalid":
+            raise ApiError("422")
+        return put(one)
+
+    agent.client.put = refuse
+    agent.settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert any("default/bad" in line for line in agent.lines)
+    assert any("default/invalid: 422" in line for line in agent.lines)
