@@ -40,6 +40,7 @@ _CERTIFICATES = f"""\
 set -eu
 mkdir -p {HOME} && cd {HOME}
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=tests-ca \\
+    -addext keyUsage=critical,keyCertSign,cRLSign \\
     -keyout ca.key -out ca.crt
 sign() {{
     openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "$2" \\
