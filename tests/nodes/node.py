@@ -95,6 +95,7 @@ class Node:
     network: "private" has nothing but a loopback; "host" is for what must download.
     layers: directories laid over the root, the last on top (an installed shim).
     binds: destination in the node -> file or directory of the host, shown read-only.
+    shares: the same, writable: storage that several nodes have in common.
     """
 
     def __init__(
@@ -105,12 +106,14 @@ class Node:
         network: Literal["private", "host"] = "private",
         layers: Sequence[Path] = (),
         binds: Mapping[str, Path] | None = None,
+        shares: Mapping[str, Path] | None = None,
     ) -> None:
         self.name = name
         self.cgroup = cgroup
         self.network = network
         self.layers = tuple(layers)
         self.binds = dict(binds or {})
+        self.shares = dict(shares or {})
         self.identity = f"grit-node-{name}-{uuid.uuid4().hex[:8]}"
         self.pid = 0
         self._hidden_cgroups: list[str] = []  # in trees of the host that the node does not show
@@ -146,6 +149,7 @@ class Node:
             # overlayfs wants the topmost first
             "layers": [str(p) for p in (*reversed(self.layers), roots.root(self.name))],
             "binds": {target: str(source) for target, source in self.binds.items()},
+            "shares": {target: str(source) for target, source in self.shares.items()},
         }
         read_answer, answer = os.pipe()
         leash, self._leash = os.pipe()
