@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from shim.container import Container
     from shim.manifest import Manifest
 
-ANNOTATION = "grit.dev/checkpoint"
+ANNOTATION = bundle.RESTORE_ANNOTATION
 GRIT_RESTORE = "grit.dev/restore-name"
 """GRIT's manager puts it on a pod whose checkpoint its agent is to bring to the node."""
 
