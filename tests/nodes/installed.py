@@ -25,7 +25,12 @@ CUDA_PLUGIN = "/usr/local/lib/criu-cuda"
 """Where nodes 13 and forky have `cuda_plugin.so`; node 12's CRIU knows no such plugin."""
 
 # Whatever decides what is installed beside the package's own files.
-_DECIDING = ("pyproject.toml", "Makefile", "packaging/install.py")
+_DECIDING = (
+    "pyproject.toml",
+    "Makefile",
+    "packaging/install.py",
+    "packaging/containerd-shim-grit-v1.sh",
+)
 
 
 def installing_node(name: str, **options: Any) -> Node:
