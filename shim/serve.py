@@ -8,9 +8,10 @@ answer Connect in 5 s, and a shim given up is a container killed.
 
 from __future__ import annotations
 
+# As `_socket`, it does what its front does, whose import costs more than all of ours.
+import _signal  # type: ignore[import-not-found]
+import _socket
 import os
-import signal
-import socket
 import sys
 import threading
 
@@ -25,7 +26,7 @@ def run(listening: int, home: str, namespace: str, inner_address: str) -> int:
     `listening` is the descriptor of our socket, `home` the group's run directory,
     `inner_address` where the stock shim listens.
     """
-    listener = socket.socket(fileno=listening)
+    listener = _socket.socket(fileno=listening)
     address = listener.getsockname()
     log.open_fifo(os.path.join(home, "log"))
     os.chdir("/")
@@ -37,8 +38,8 @@ def run(listening: int, home: str, namespace: str, inner_address: str) -> int:
         proxy = Proxy(
             listener, lambda: connect(inner_address), tasks.handler_for, tasks.connection_closed
         )
-        signal.signal(signal.SIGTERM, lambda *_: proxy.stop())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _signal.signal(_signal.SIGTERM, lambda *_: proxy.stop())
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
         threading.Thread(target=_follow, args=(inner, home, proxy), daemon=True).start()
         proxy.run()
         tasks.settle()

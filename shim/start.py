@@ -9,7 +9,7 @@ must not keep them open: containerd reads both to their end (2.1 core/runtime/v2
 
 from __future__ import annotations
 
-import _socket  # its front, `socket`, costs 6 ms and is loaded while the stock shim starts
+import _socket
 import os
 import sys
 

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_connect_takes_the_forms_of_address_that_containerd_writes(form: str, in
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{inner}" if "@" in form else str(inner))
     listener.listen()
-    with listener, ttrpc.connect(form.format(path=inner)) as sock:
+    with listener, closing(ttrpc.connect(form.format(path=inner))) as sock:
         assert sock.gettimeout() is None
         listener.accept()[0].close()
 
