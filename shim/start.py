@@ -13,7 +13,7 @@ import _socket
 import os
 import sys
 
-from shim import bundle, group, inner, options, places
+from shim import bundle, group, inner, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def run(call: Invocation) -> NoReturn:
     try:
         group.prepare(home, grouping, os.path.join(here, "log"))
         binary = inner.find(call.get("publish-binary"))
-        wanted = options.for_inner(inner.read_options())
-        inner_answer = inner.start(binary, call.argv, home, wanted, _load_daemon)
+        inner_answer = inner.start(binary, call.argv, home, _inner_options(), _load_daemon)
         group.record_answer(home, inner_answer)
         group.record_sockets(home, _inner_sockets(call, grouping, inner_answer))
         daemon = os.fork()
@@ -68,6 +67,15 @@ def _address(containerd: str, namespace: str, grouping: str) -> str:
     """Our address: in the directory of all shims' sockets, under a name of our own (the
     stock formula would give the inner's name when grouping and id agree)."""
     return "unix://" + places.hashed_socket(containerd, namespace, "grit", grouping)
+
+
+def _inner_options() -> bytes:
+    given = inner.read_options()
+    if not given:
+        return b""
+    from shim import options
+
+    return options.for_inner(given)
 
 
 def _inner_sockets(call: Invocation, grouping: str, answer: str) -> list[str]:
@@ -118,7 +126,7 @@ def _load_daemon() -> None:
     """The daemon's code, loaded while the stock shim starts on another processor. What is wrong
     with it shows in the daemon."""
     try:
-        from shim import serve  # noqa: F401
+        from shim import config, serve  # noqa: F401
     except Exception:
         pass
 

@@ -175,7 +175,8 @@ def test_connect_does_not_wait_for_ever_on_a_full_backlog(inner: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(inner))
     listener.listen(0)
-    with listener, ttrpc.connect(str(inner)), pytest.raises(BlockingIOError, match=str(inner)):
+    full = closing(ttrpc.connect(str(inner)))
+    with listener, full, pytest.raises(BlockingIOError, match=str(inner)):
         ttrpc.connect(str(inner), timeout=0.05)
 
 
