@@ -46,19 +46,23 @@ def run(call: Invocation) -> NoReturn:
     try:
         group.prepare(home, grouping, os.path.join(here, "log"))
         binary = inner.find(call.get("publish-binary"))
-        inner_answer = inner.start(binary, call.argv, home, _inner_options(), _load_daemon)
+        began, answering = inner.begin_start(binary, call.argv, home, _inner_options())
+        # It loads its code while the stock shim starts on another processor.
+        told, tell = os.pipe()
+        daemon = os.fork()
+        if daemon == 0:
+            for fd in (lock, answering, tell):
+                os.close(fd)
+            _daemon(listener.detach(), home, call.get("namespace"), told)
+        inner_answer = inner.answer(began, answering)
         group.record_answer(home, inner_answer)
         group.record_sockets(home, _inner_sockets(call, grouping, inner_answer))
-        daemon = os.fork()
+        group.record_process(home, "outer", daemon)
     except BaseException:
         os.unlink(places.socket_of(address))
         group.remove(home)
-        raise
-    if daemon == 0:
-        os.close(lock)
-        _daemon(listener.detach(), home, call.get("namespace"), bundle.address_in(inner_answer))
-    group.record_process(home, "outer", daemon)
-    listener.close()
+        raise  # and the daemon, told nothing, ends
+    os.write(tell, bundle.address_in(inner_answer).encode())
     os.close(lock)
     _reply(here, _answer(inner_answer, address))
 
@@ -122,17 +126,8 @@ def _reply(here: str, answer: str) -> NoReturn:
     os._exit(0)
 
 
-def _load_daemon() -> None:
-    """The daemon's code, loaded while the stock shim starts on another processor. What is wrong
-    with it shows in the daemon."""
-    try:
-        from shim import config, serve  # noqa: F401
-    except Exception:
-        pass
-
-
-def _daemon(listener: int, home: str, namespace: str, inner_address: str) -> None:
-    """What the forked child becomes; never returns."""
+def _daemon(listener: int, home: str, namespace: str, told: int) -> NoReturn:
+    """What the forked child becomes, once it can read from `told` where the stock shim listens."""
     status = 1
     try:
         os.setsid()
@@ -142,6 +137,9 @@ def _daemon(listener: int, home: str, namespace: str, inner_address: str) -> Non
         os.close(null)
         from shim import serve
 
-        status = serve.run(listener, home, namespace, inner_address)
+        with open(told, encoding="utf-8") as pipe:
+            inner_address = pipe.read()
+        if inner_address:
+            status = serve.run(listener, home, namespace, inner_address)
     finally:
         os._exit(status)

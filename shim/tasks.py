@@ -7,7 +7,7 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import bundle, container, group, log, messages, operation, pod
+from shim import bundle, config, container, group, log, messages, operation, options, pod
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -63,8 +63,6 @@ class Tasks:
                 pass
 
     def _create(self, call: Call) -> bytes:
-        from shim import config, options
-
         request = messages.CreateTaskRequest.decode(call.payload)
         try:
             spec = bundle.read_spec(request.bundle)
