@@ -36,7 +36,7 @@ def loads(text: str) -> Any:
         value, end = _scan(text, len(text) - len(text.lstrip(_SPACE)))
         if not text[end:].strip(_SPACE):
             return value
-    except (StopIteration, ValueError):
+    except Exception:  # before Python 3.12 a SystemError, if `json` is not loaded
         pass
     import json
 
