@@ -20,14 +20,15 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1]
 NAME = "containerd-shim-grit"
 
-# -I, -S: neither the user's environment nor site-packages in the shim's start-up (each task
-# starts several of these processes). -W: what a shim prints is read by containerd.
+SHIM = "containerd-shim-grit-v1"
+CRIU_COMMAND = "cuda-checkpoint"
+
 LAUNCHER = """\
-#!{python} -ISWignore
+#!@PYTHON@ -ISWignore
 import sys
 
-sys.path.append({packages})
-from {module} import main
+sys.path.append("@PACKAGES@")
+from @MODULE@ import main
 
 sys.exit(main())
 """
@@ -35,11 +36,11 @@ sys.exit(main())
 # runc starts CRIU with a directory as standard input, with which Python refuses to start.
 CRIU_LAUNCHER = """\
 #!/bin/sh
-exec {python} -ISWignore -c '
+exec @PYTHON@ -ISWignore -c '
 import sys
 
-sys.path.append({packages})
-from {module} import main
+sys.path.append("@PACKAGES@")
+from @MODULE@ import main
 
 sys.exit(main())
 ' "$@" </dev/null
@@ -72,8 +73,7 @@ def install(prefix: Path, sysconfdir: Path) -> None:
     compileall.compile_dir(str(packages), quiet=2, workers=0)
     for path, module in commands(prefix).items():
         if (packages / f"{module.replace('.', '/')}.py").exists():
-            launcher = CRIU_LAUNCHER if path.name == "cuda-checkpoint" else LAUNCHER
-            write_launcher(path, launcher, module, packages)
+            write_launcher(path, module, packages)
             print(f"installed {path}")
     example = sysconfdir / "containerd" / "grit.toml.example"
     example.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def uninstall(prefix: Path, sysconfdir: Path) -> None:
 def commands(prefix: Path) -> dict[Path, str]:
     """The commands and the modules whose `main` they run."""
     return {
-        prefix / "bin/containerd-shim-grit-v1": "shim.cli",
+        prefix / "bin" / SHIM: "shim.cli",
         prefix / "bin/gritctl": "shim.gritctl.cli",
         # Not in anybody's PATH but CRIU's, and only where NVIDIA's is missing.
-        prefix / "lib" / NAME / "libexec/cuda-checkpoint": "shim.cuda.command",
+        prefix / "lib" / NAME / "libexec" / CRIU_COMMAND: "shim.cuda.command",
     }
 
 
@@ -124,14 +124,23 @@ def make_environment(environment: Path) -> None:
     subprocess.run([*pip, "uninstall", "--yes", "pip"], check=True)
 
 
-def write_launcher(path: Path, launcher: str, module: str, packages: Path) -> None:
+def launcher(name: str, module: str, python: str, packages: str) -> str:
+    """The text of the command `name`, which runs `main` of `module`."""
+    if name == SHIM:
+        text = (SOURCE / f"packaging/{SHIM}.sh").read_text()
+    else:
+        text = CRIU_LAUNCHER if name == CRIU_COMMAND else LAUNCHER
+    for word, value in (("PYTHON", python), ("PACKAGES", packages), ("MODULE", module)):
+        text = text.replace(f"@{word}@", value)
+    return text
+
+
+def write_launcher(path: Path, module: str, packages: Path) -> None:
     """Writes the command `path`, replacing an older one in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     python = os.path.realpath(sys.executable)
     draft = path.with_name(f".{path.name}.new")
-    shown = f'"{packages}"' if launcher is CRIU_LAUNCHER else repr(str(packages))
-    text = launcher.format(python=python, packages=shown, module=module)
-    draft.write_text(text)
+    draft.write_text(launcher(path.name, module, python, str(packages)))
     draft.chmod(0o755)
     draft.replace(path)
 

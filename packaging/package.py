@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from install import CRIU_LAUNCHER, LAUNCHER, NAME, SOURCE
+from install import CRIU_COMMAND, NAME, SHIM, SOURCE, launcher
 
 sys.path.insert(0, str(SOURCE))
 from shim import __version__
@@ -123,13 +123,12 @@ def payload(root: Path, prefix: str) -> None:
         shutil.copytree(SOURCE / "packaging" / folder, place / folder)
     shutil.copy(SOURCE / "packaging/configure.py", place / "configure")
     (place / "configure").chmod(0o755)
-    for path, module, launcher in (
-        (f"{prefix}/bin/containerd-shim-grit-v1", "shim.cli", LAUNCHER),
-        (f"{home}/libexec/cuda-checkpoint", "shim.cuda.command", CRIU_LAUNCHER),
+    for directory, name, module in (
+        (f"{prefix}/bin", SHIM, "shim.cli"),
+        (f"{home}/libexec", CRIU_COMMAND, "shim.cuda.command"),
     ):
-        shown = f'"{packages}"' if launcher is CRIU_LAUNCHER else repr(packages)
-        text = launcher.format(python=PYTHON, packages=shown, module=module)
-        _write(root / path.lstrip("/"), text, mode=0o755)
+        text = launcher(name, module, PYTHON, packages)
+        _write(root / directory.lstrip("/") / name, text, mode=0o755)
 
 
 def _write(path: Path, text: str, mode: int = 0o644) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 
+from shim import lean_json
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 RESTORE_CONFIG = "grit-criu.conf"  # CRIU's configuration of a restore, named by an annotation
 BASE_CONFIG = "grit-criu.base"  # the path of the one that the annotation named before, or nothing
+
+RESTORE_ANNOTATION = "grit.dev/checkpoint"  # where a container is to be restored from
 
 _GROUPING = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 
@@ -25,12 +29,10 @@ def read_spec(bundle: str) -> dict[str, Any]:
     Raises OSError if it cannot be read, ValueError if it is not a JSON object or its annotations
     are not one.
     """
-    import json
-
     path = os.path.join(bundle, "config.json")
     with open(path, encoding="utf-8") as file:
         try:
-            spec = json.load(file)
+            spec = lean_json.loads(file.read())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(spec, dict):
@@ -87,10 +89,8 @@ def address_in(answer: str) -> str:
     """The address in a shim's `start` answer: JSON since protocol version 2, plain before."""
     if not answer.startswith("{"):
         return answer
-    import json
-
     try:
-        return str(json.loads(answer).get("address", ""))
+        return str(lean_json.loads(answer).get("address", ""))
     except (ValueError, AttributeError):
         return ""
 

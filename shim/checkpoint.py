@@ -19,6 +19,7 @@ import shutil
 import time
 
 from shim import (
+    ahead,
     bundle,
     checkpoint_dir,
     cri,
@@ -239,21 +240,23 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
-            whole = draft.publish(manifest)
+            whole = draft.publish(manifest, digested.stop())
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
+    digested = ahead.Ahead(draft.path)
     try:
-        result = client.dump(
-            criu,
-            opts,
-            draft.path,
-            work,
-            on_notify=notified,
-            deadline_s=settings.dump_timeout,
-            cancel=container.begin_dump(),
-        )
+        with digested:
+            result = client.dump(
+                criu,
+                opts,
+                draft.path,
+                work,
+                on_notify=notified,
+                deadline_s=settings.dump_timeout,
+                cancel=container.begin_dump(),
+            )
     except CriuError as error:
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:

@@ -23,6 +23,10 @@ from shim.manifest import (
     ManifestError,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = [
     "CONFIG_DUMP",
     "CONTAINER_LOG",
@@ -143,11 +147,14 @@ class Draft:
                 return cls(final, path, lock, inside=inside)
             # Another draft's begin() came between and is taking ours for an abandoned one.
 
-    def publish(self, manifest: Manifest) -> Manifest:
+    def publish(
+        self, manifest: Manifest, known: Mapping[tuple[str, int], bytes] | None = None
+    ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
         All files are read once for their checksums, several at a time, and synced; the manifest
-        comes last, and then the rename. Raises CheckpointDirError, after which `final` holds no
+        comes last, and then the rename. `known` are digests of blocks that were taken before (see
+        `digests.take`). Raises CheckpointDirError, after which `final` holds no
         checkpoint and discard() removes what there is.
         """
         import time
@@ -157,7 +164,7 @@ class Draft:
         begun = time.monotonic()
         try:
             names = self._checked_names()
-            files = self._seal(names)
+            files = self._seal(names, known=known)
             whole = Manifest(
                 **{
                     **vars(manifest),
@@ -278,7 +285,13 @@ class Draft:
             raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
         return sorted(names)
 
-    def _seal(self, names: list[str], *, plain: bool = False) -> dict[str, File]:
+    def _seal(
+        self,
+        names: list[str],
+        *,
+        plain: bool = False,
+        known: Mapping[tuple[str, int], bytes] | None = None,
+    ) -> dict[str, File]:
         """Mode, sync, size and digest of every file, at the same time."""
         paths = {name: _sized(os.path.join(self.path, name)) for name in names}
 
@@ -290,7 +303,7 @@ class Draft:
                     os.fsync(file.fileno())
 
         sealed = {}
-        for name, found in digests.take(paths, plain=plain, also=[sync]).items():
+        for name, found in digests.take(paths, plain=plain, also=[sync], known=known).items():
             if isinstance(found, OSError):
                 raise found
             sealed[name] = File(paths[name][1], found)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if call.action == "start":
             from shim.start import run as start
 
-            return start(call)
+            start(call)
         if call.action == "delete":
             from shim.delete import run as delete
 

@@ -11,7 +11,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 BLOCK = 64 << 20
 """Bytes. Part of the format of `grit.json`: another value is another digest."""
@@ -25,9 +25,11 @@ def take(
     *,
     plain: bool = False,
     also: Iterable[Callable[[], None]] = (),
+    known: Mapping[tuple[str, int], bytes] | None = None,
 ) -> dict[str, str | OSError]:
     """The digests, in hex, of files by name, each given as its path and size in bytes; or why a
     file could not be read. `also` are other jobs to be done meanwhile; what they raise is raised.
+    `known` are the digests of blocks, by file and number, that need not be taken again.
 
     SHA-256 of the contents up to BLOCK bytes, above that SHA-256 of the SHA-256s (32 bytes each)
     of the blocks; with `plain` the first for all.
@@ -41,7 +43,8 @@ def take(
         try:
             start = number * BLOCK
             end = size if plain else min(start + BLOCK, size)
-            blocks[name][number] = _block(path, start, end)
+            done = known.get((name, number)) if known and not plain else None
+            blocks[name][number] = done or of_block(path, start, end)
         except OSError as error:
             failures[name] = error
 
@@ -90,8 +93,10 @@ def _whole(parts: list[bytes]) -> str:
     return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _block(path: str, start: int, end: int) -> bytes:
-    """hashlib lets other threads run while it computes, and the kernel while it copies."""
+def of_block(path: str, start: int, end: int) -> bytes:
+    """The digest of a file's bytes from `start` to `end`. Raises OSError.
+
+    hashlib lets other threads run while it computes, and the kernel while it copies."""
     import hashlib
 
     digest = hashlib.sha256()

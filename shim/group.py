@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 
+from shim import lean_json
+
 
 def lock(group: str) -> int:
     """Makes the directory if need be and locks it against other processes until the descriptor
@@ -43,11 +45,10 @@ def prepare(group: str, grouping: str, log: str) -> None:
     `grouping` becomes the inner's own group, so that its socket's name clashes neither with
     ours nor with that of a stock shim for the same pod (facts 1.8).
     """
-    import json
-
     os.makedirs(os.path.join(group, "tasks"), mode=0o700, exist_ok=True)
-    annotation = {"io.containerd.runc.v2.group": inner_grouping(grouping)}
-    _write(os.path.join(group, "config.json"), json.dumps({"annotations": annotation}))
+    name = lean_json.quote(inner_grouping(grouping))
+    spec = f'{{"annotations": {{"io.containerd.runc.v2.group": {name}}}}}'
+    _write(os.path.join(group, "config.json"), spec)
     link = os.path.join(group, "log")
     if os.path.lexists(link):
         os.unlink(link)

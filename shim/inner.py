@@ -14,7 +14,7 @@ from shim import places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 NAME = "containerd-shim-runc-v2"
 
@@ -53,23 +53,13 @@ def _is_grit(binary: str) -> bool:
         return False
 
 
-def start(
-    binary: str,
-    argv: Sequence[str],
-    group: str,
-    options: bytes,
-    meanwhile: Callable[[], object],
-) -> str:
+def begin_start(binary: str, argv: Sequence[str], group: str, options: bytes) -> tuple[int, int]:
     """Runs the stock shim's own `start` with the group directory as its working directory;
-    returns its answer word for word (a plain address or JSON). While it runs, `meanwhile` is
-    called.
+    returns its pid and the descriptor from which `answer` reads what it prints.
 
     In a directory of its own it writes its own `address`, and its sockets carry the name of
     the group annotation found in that directory's config.json (facts 1.8, recipe A).
-    Raises InnerError with what it printed if it fails.
     """
-    from shim import bundle
-
     home = os.getcwd()
     reader, writer = os.pipe()
     stdin = _memory_file(options)
@@ -92,13 +82,20 @@ def start(
         os.chdir(home)
         os.close(stdin)
         os.close(writer)
-    meanwhile()
+    return pid, reader
+
+
+def answer(pid: int, reader: int) -> str:
+    """What `begin_start` began, at its end: the answer word for word, a plain address or JSON.
+    Raises InnerError with what was printed if it fails."""
+    from shim import bundle
+
     with open(reader, encoding="utf-8", errors="replace") as pipe:
-        answer = pipe.read().strip()
+        said = pipe.read().strip()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status != 0 or not bundle.address_in(answer).startswith("unix://"):
-        raise InnerError(f"{binary} start failed with status {status}: {answer or 'no output'}")
-    return answer
+    if status != 0 or not bundle.address_in(said).startswith("unix://"):
+        raise InnerError(f"{NAME} start failed with status {status}: {said or 'no output'}")
+    return said
 
 
 def exec_info(argv: Sequence[str]) -> int:

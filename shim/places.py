@@ -7,6 +7,11 @@ from __future__ import annotations
 import os
 import sys
 
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found]  # hashlib loads OpenSSL: 4 ms
+except ImportError:  # before Python 3.12
+    from hashlib import sha256
+
 RUN = "/run/containerd/grit"
 """Groups of tasks, one directory each; a tmpfs, so nothing outlives a reboot."""
 
@@ -25,10 +30,12 @@ def socket_of(address: str) -> str:
 def debug_socket(containerd: str, namespace: str, grouping: str) -> str:
     """Where the stock shim of containerd 2.x listens for its profiler's user if it was given
     -debug (2.1 pkg/shim/util_unix.go)."""
-    import hashlib
+    return hashed_socket(containerd, namespace, grouping, "debug")
 
-    name = os.path.join(containerd, namespace, grouping, "debug")
-    return os.path.join(SOCKETS, hashlib.sha256(name.encode()).hexdigest())
+
+def hashed_socket(*words: str) -> str:
+    """The socket whose name is the hash of words joined as a path, as all shims name theirs."""
+    return os.path.join(SOCKETS, sha256(os.path.join(*words).encode()).hexdigest())
 
 
 def group_directory(address: str) -> str:

@@ -12,13 +12,13 @@ A pod whose client loses interest is resumed after `together_timeout`.
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
 
 from shim import bundle, cri, log, messages, operation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import ExitStack
     from typing import Any
 
     from shim.container import Container
@@ -317,6 +317,8 @@ def _in_parallel(work: Callable[[Container], None], members: list[Container]) ->
 
 def _locked(members: list[Container]) -> ExitStack:
     """The locks of all, taken in one order whoever takes them."""
+    from contextlib import ExitStack
+
     stack = ExitStack()
     for one in sorted(members, key=lambda member: member.id):
         stack.enter_context(one.lock)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from shim.manifest import Manifest
     from shim.pod import Pod
 
-ANNOTATION = "grit.dev/checkpoint"
+ANNOTATION = bundle.RESTORE_ANNOTATION
 GRIT_RESTORE = "grit.dev/restore-name"
 """GRIT's manager puts it on a pod whose checkpoint its agent is to bring to the node."""
 

@@ -8,9 +8,10 @@ answer Connect in 5 s, and a shim given up is a container killed.
 
 from __future__ import annotations
 
+# As `_socket`, it does what its front does, whose import costs more than all of ours.
+import _signal  # type: ignore[import-not-found]
+import _socket
 import os
-import signal
-import socket
 import sys
 import threading
 
@@ -19,11 +20,13 @@ from shim.tasks import Tasks
 from shim.ttrpc import Client, Proxy, StatusError, connect
 
 
-def run(listener: socket.socket, home: str, namespace: str, inner_address: str) -> int:
+def run(listening: int, home: str, namespace: str, inner_address: str) -> int:
     """Serves until the inner shim is gone; returns the exit status.
 
-    `home` is the group's run directory, `inner_address` where the stock shim listens.
+    `listening` is the descriptor of our socket, `home` the group's run directory,
+    `inner_address` where the stock shim listens.
     """
+    listener = _socket.socket(fileno=listening)
     address = listener.getsockname()
     log.open_fifo(os.path.join(home, "log"))
     os.chdir("/")
@@ -31,14 +34,13 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
     sys.setswitchinterval(0.0005)  # seconds a computing handler may hold up the proxy
     try:
         inner = Client(connect(inner_address))
-        _record_inner(home, inner)
         tasks = Tasks(inner, namespace, home)
         proxy = Proxy(
             listener, lambda: connect(inner_address), tasks.handler_for, tasks.connection_closed
         )
-        signal.signal(signal.SIGTERM, lambda *_: proxy.stop())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_stop_after, args=(inner, proxy), daemon=True).start()
+        _signal.signal(_signal.SIGTERM, lambda *_: proxy.stop())
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+        threading.Thread(target=_follow, args=(inner, home, proxy), daemon=True).start()
         proxy.run()
         tasks.settle()
     except BaseException as error:
@@ -49,9 +51,13 @@ def run(listener: socket.socket, home: str, namespace: str, inner_address: str) 
     return 0
 
 
-def _stop_after(inner: Client, proxy: Proxy) -> None:
-    inner.wait_closed()
-    proxy.stop()
+def _follow(inner: Client, home: str, proxy: Proxy) -> None:
+    """Beside the proxy, which is waited for: an inner shim that has just started takes its time."""
+    try:
+        _record_inner(home, inner)
+        inner.wait_closed()
+    finally:
+        proxy.stop()
 
 
 def _record_inner(home: str, inner: Client) -> None:

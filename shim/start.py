@@ -9,21 +9,23 @@ must not keep them open: containerd reads both to their end (2.1 core/runtime/v2
 
 from __future__ import annotations
 
+import _socket
 import os
-import socket
 import sys
 
-from shim import bundle, group, inner, options, places
+from shim import bundle, group, inner, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from shim.invocation import Invocation
 
 _BACKLOG = 128
 
 
-def run(call: Invocation) -> int:
-    """Prints the answer and returns 0; the daemon, if one is needed, has been forked off.
+def run(call: Invocation) -> NoReturn:
+    """Prints the answer and ends; the daemon, if one is needed, has been forked off.
 
     Raises OSError, ValueError or InnerError with nothing left running.
     """
@@ -40,37 +42,44 @@ def run(call: Invocation) -> int:
         answer = _answer(group.answer(home), address)
         os.close(lock)
         _reply(here, answer)
-        return 0
 
     try:
         group.prepare(home, grouping, os.path.join(here, "log"))
         binary = inner.find(call.get("publish-binary"))
-        wanted = options.for_inner(inner.read_options())
-        inner_answer = inner.start(binary, call.argv, home, wanted, _load_daemon)
+        began, answering = inner.begin_start(binary, call.argv, home, _inner_options())
+        # It loads its code while the stock shim starts on another processor.
+        told, tell = os.pipe()
+        daemon = os.fork()
+        if daemon == 0:
+            for fd in (lock, answering, tell):
+                os.close(fd)
+            _daemon(listener.detach(), home, call.get("namespace"), told)
+        inner_answer = inner.answer(began, answering)
         group.record_answer(home, inner_answer)
         group.record_sockets(home, _inner_sockets(call, grouping, inner_answer))
-        daemon = os.fork()
+        group.record_process(home, "outer", daemon)
     except BaseException:
         os.unlink(places.socket_of(address))
         group.remove(home)
-        raise
-    if daemon == 0:
-        os.close(lock)
-        _daemon(listener, home, call.get("namespace"), bundle.address_in(inner_answer))
-    group.record_process(home, "outer", daemon)
-    listener.close()
+        raise  # and the daemon, told nothing, ends
+    os.write(tell, bundle.address_in(inner_answer).encode())
     os.close(lock)
     _reply(here, _answer(inner_answer, address))
-    return 0
 
 
 def _address(containerd: str, namespace: str, grouping: str) -> str:
     """Our address: in the directory of all shims' sockets, under a name of our own (the
     stock formula would give the inner's name when grouping and id agree)."""
-    import hashlib
+    return "unix://" + places.hashed_socket(containerd, namespace, "grit", grouping)
 
-    text = os.path.join(containerd, namespace, "grit", grouping)
-    return f"unix://{places.SOCKETS}/{hashlib.sha256(text.encode()).hexdigest()}"
+
+def _inner_options() -> bytes:
+    given = inner.read_options()
+    if not given:
+        return b""
+    from shim import options
+
+    return options.for_inner(given)
 
 
 def _inner_sockets(call: Invocation, grouping: str, answer: str) -> list[str]:
@@ -79,20 +88,22 @@ def _inner_sockets(call: Invocation, grouping: str, answer: str) -> list[str]:
     return [places.socket_of(bundle.address_in(answer)), debug]
 
 
-def _listen(path: str) -> socket.socket | None:
+def _listen(path: str) -> _socket.socket | None:
     """A listening socket at `path`, or None if a living daemon listens there already.
     A socket that a dead daemon left behind is replaced."""
-    listener = socket.socket(socket.AF_UNIX)
+    listener = _socket.socket(_socket.AF_UNIX)
     mask = os.umask(0o177)
     try:
         try:
             listener.bind(path)
         except OSError:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(0.1)
-                if probe.connect_ex(path) == 0:
-                    listener.close()
-                    return None
+            probe = _socket.socket(_socket.AF_UNIX)
+            probe.settimeout(0.1)
+            served = probe.connect_ex(path) == 0
+            probe.close()
+            if served:
+                listener.close()
+                return None
             os.unlink(path)
             listener.bind(path)
     finally:
@@ -107,23 +118,16 @@ def _answer(inner_answer: str, address: str) -> str:
     return inner_answer.replace(bundle.address_in(inner_answer), address)
 
 
-def _reply(here: str, answer: str) -> None:
+def _reply(here: str, answer: str) -> NoReturn:
     bundle.write_address(here, answer)
     sys.stdout.write(answer)
     sys.stdout.flush()
+    # containerd waits for the end, and an interpreter taken down piece by piece takes 2 ms.
+    os._exit(0)
 
 
-def _load_daemon() -> None:
-    """The daemon's code, loaded while the stock shim starts on another processor. What is wrong
-    with it shows in the daemon."""
-    try:
-        from shim import serve  # noqa: F401
-    except Exception:
-        pass
-
-
-def _daemon(listener: socket.socket, home: str, namespace: str, inner_address: str) -> None:
-    """What the forked child becomes; never returns."""
+def _daemon(listener: int, home: str, namespace: str, told: int) -> NoReturn:
+    """What the forked child becomes, once it can read from `told` where the stock shim listens."""
     status = 1
     try:
         os.setsid()
@@ -133,6 +137,9 @@ def _daemon(listener: socket.socket, home: str, namespace: str, inner_address: s
         os.close(null)
         from shim import serve
 
-        status = serve.run(listener, home, namespace, inner_address)
+        with open(told, encoding="utf-8") as pipe:
+            inner_address = pipe.read()
+        if inner_address:
+            status = serve.run(listener, home, namespace, inner_address)
     finally:
         os._exit(status)

@@ -7,7 +7,7 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import bundle, container, group, log, messages, operation, pod
+from shim import bundle, config, container, group, log, messages, operation, options, pod
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -63,18 +63,20 @@ class Tasks:
                 pass
 
     def _create(self, call: Call) -> bytes:
-        from shim import config, options, restore
-
         request = messages.CreateTaskRequest.decode(call.payload)
         try:
-            together = pod.together(bundle.read_spec(request.bundle))
+            spec = bundle.read_spec(request.bundle)
+            together = pod.together(spec)
             request.options, ours = options.read(request.options)
             runc = options.runc_options(request.options)
         except (config.ConfigError, ValueError) as error:
             raise StatusError(INVALID_ARGUMENT, f"container {request.id}: {error}") from error
         one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
         one.together = together
-        one.restore = restore.prepare(one, request)
+        if request.checkpoint or bundle.annotations_of(spec).get(bundle.RESTORE_ANNOTATION):
+            from shim import restore
+
+            one.restore = restore.prepare(one, request)
         reply = self._relay(call, request.encode())
         if one.restore:
             try:

@@ -62,6 +62,9 @@ def test_start_and_delete_import_nothing_heavy() -> None:
         "inspect",
         "subprocess",
         "typing",
+        "enum",
+        "json",
+        "hashlib" if sys.version_info >= (3, 12) else "hmac",
         "cffi",
         "google",
     }

@@ -7,8 +7,8 @@ answer, which is ignored. Nothing here retries or reconnects.
 
 from __future__ import annotations
 
+import _socket
 import select
-import socket
 import threading
 from collections import deque
 from time import monotonic
@@ -33,7 +33,7 @@ _READ = 1 << 16
 class Client:
     """Calls over a connected unix socket, which the client then owns."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _socket.socket) -> None:
         self._sock = sock
         self._protocol = ClientConnection()
         self._sending = threading.Lock()  # guards what goes to the wire, ids included
@@ -137,7 +137,7 @@ class Client:
         try:
             while rest:
                 try:
-                    rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+                    rest = rest[self._sock.send(rest, _socket.MSG_DONTWAIT) :]
                 except BlockingIOError:
                     self._wait_writable(stream)
         except StatusError:

@@ -13,9 +13,9 @@ one call, on which any id is the first, and its answer comes back under the id i
 
 from __future__ import annotations
 
+import _socket
 import os
 import select
-import socket
 import sys
 import threading
 from collections import deque
@@ -26,7 +26,7 @@ from shim.ttrpc.connection import StreamIds, bad_request, failure, response
 from shim.ttrpc.frames import REQUEST, Frame, FrameReader, Oversize
 from shim.ttrpc.handlers import Call, Forward, as_status
 from shim.ttrpc.messages import Request, Route, metadata_dict, seconds
-from shim.ttrpc.sockets import is_same_user
+from shim.ttrpc.sockets import accept, is_same_user
 from shim.ttrpc.status import RESOURCE_EXHAUSTED, UNAVAILABLE, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
@@ -50,7 +50,7 @@ class _End:
     __slots__ = ("broken", "mask", "out", "reader", "receive", "session", "sock", "waiting")
 
     def __init__(
-        self, sock: socket.socket, session: _Session, receive: Callable[[_End, bytes], None]
+        self, sock: _socket.socket, session: _Session, receive: Callable[[_End, bytes], None]
     ) -> None:
         sock.setblocking(False)
         self.sock = sock
@@ -94,8 +94,8 @@ class Proxy:
 
     def __init__(
         self,
-        listener: socket.socket,
-        dial: Callable[[], socket.socket],
+        listener: _socket.socket,
+        dial: Callable[[], _socket.socket],
         handler_for: Callable[[str, str], Handler | None],
         on_close: Callable[[int], None] | None = None,
     ) -> None:
@@ -197,7 +197,7 @@ class Proxy:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock = accept(self._listener)
         except BlockingIOError:
             return
         except OSError:

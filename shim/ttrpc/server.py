@@ -7,7 +7,7 @@ handlers run on and their answers are dropped.
 
 from __future__ import annotations
 
-import socket
+import _socket
 import threading
 from collections import deque
 from functools import partial
@@ -17,7 +17,7 @@ from time import monotonic
 from shim.ttrpc.connection import ServerConnection, StreamClosed
 from shim.ttrpc.events import DataEnded, DataReceived, Refused, RequestReceived
 from shim.ttrpc.handlers import Call, as_status
-from shim.ttrpc.sockets import hang_up, is_same_user
+from shim.ttrpc.sockets import accept, hang_up, is_same_user
 from shim.ttrpc.status import (
     INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED,
@@ -58,7 +58,7 @@ class Server:
     """Serves `handlers`, by service and method, to peers of our own user; owns the listener."""
 
     def __init__(
-        self, listener: socket.socket, handlers: Mapping[str, Mapping[str, Unary | Streaming]]
+        self, listener: _socket.socket, handlers: Mapping[str, Mapping[str, Unary | Streaming]]
     ) -> None:
         self._listener = listener
         self._handlers = handlers
@@ -70,15 +70,17 @@ class Server:
 
     def run(self) -> None:
         """Accepts connections until `stop`."""
-        with self._listener:
+        try:
             while not self._stopping.is_set():
                 try:
-                    sock, _ = self._listener.accept()
+                    sock = accept(self._listener)
                     self._welcome(sock)
                 except (OSError, RuntimeError):  # stopped; or out of descriptors or threads
                     self._stopping.wait(_ACCEPT_PAUSE)
+        finally:
+            self._listener.close()
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def _welcome(self, sock: _socket.socket) -> None:
         connection = _Connection(self, next(self._ids), sock)
         try:
             with self._lock:
@@ -125,7 +127,7 @@ class Server:
 
 
 class _Connection:
-    def __init__(self, server: Server, number: int, sock: socket.socket) -> None:
+    def __init__(self, server: Server, number: int, sock: _socket.socket) -> None:
         self.number = number
         self._server = server
         self._sock = sock

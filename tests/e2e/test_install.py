@@ -52,7 +52,7 @@ def test_install_and_uninstall(name: str) -> None:
         assert node.path("/etc/containerd/grit.toml.example").exists()
         # the interpreter itself, not a link that an upgrade turns, with everything compiled
         launcher = node.path(installed.SHIM).read_text()
-        interpreter = launcher.split()[0].removeprefix("#!")
+        interpreter = launcher.rpartition("exec ")[2].split()[0]
         assert node.path(interpreter).is_file() and not node.path(interpreter).is_symlink()
         sources = list(node.path(f"{installed.ENVIRONMENT}/lib").rglob("site-packages/shim/*.py"))
         assert sources

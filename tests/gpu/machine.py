@@ -211,8 +211,8 @@ def _refresh() -> None:
     import install  # type: ignore[import-not-found]
 
     shim = KIT / "bin/containerd-shim-grit-v1"
-    install.write_launcher(shim, install.LAUNCHER, "shim.cli", packages)
-    install.write_launcher(COMMAND, install.CRIU_LAUNCHER, "shim.cuda.command", packages)
+    install.write_launcher(shim, "shim.cli", packages)
+    install.write_launcher(COMMAND, "shim.cuda.command", packages)
 
 
 def _packages() -> Path:

@@ -24,7 +24,12 @@ OLD = "1.6"
 """Debian 12 has containerd 1.6, but no CRIU that starts on current kernels; this node has both."""
 
 # Whatever decides what is installed beside the package's own files.
-_DECIDING = ("pyproject.toml", "Makefile", "packaging/install.py")
+_DECIDING = (
+    "pyproject.toml",
+    "Makefile",
+    "packaging/install.py",
+    "packaging/containerd-shim-grit-v1.sh",
+)
 
 
 def installing_node(name: str, **options: Any) -> Node:

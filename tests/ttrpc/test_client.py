@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_connect_takes_the_forms_of_address_that_containerd_writes(form: str, in
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{inner}" if "@" in form else str(inner))
     listener.listen()
-    with listener, ttrpc.connect(form.format(path=inner)) as sock:
+    with listener, closing(ttrpc.connect(form.format(path=inner))) as sock:
         assert sock.gettimeout() is None
         listener.accept()[0].close()
 
@@ -174,7 +175,8 @@ def test_connect_does_not_wait_for_ever_on_a_full_backlog(inner: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(inner))
     listener.listen(0)
-    with listener, ttrpc.connect(str(inner)), pytest.raises(BlockingIOError, match=str(inner)):
+    full = closing(ttrpc.connect(str(inner)))
+    with listener, full, pytest.raises(BlockingIOError, match=str(inner)):
         ttrpc.connect(str(inner), timeout=0.05)
 
 

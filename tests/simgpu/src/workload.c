@@ -297,6 +297,25 @@ static void run_ctx(void)
     count(device, mirror, words);
 }
 
+/* Only holds device memory, filled piece by piece: large without a copy of it in the process. Says so
+ * once; what it is told to hold, nobody checks. */
+static void run_hold(void)
+{
+    CUcontext ctx;
+    CUdeviceptr device;
+    size_t piece = 64 << 20;
+    load_cuda();
+    check(cuda.ctx_create(&ctx, 0, 0), "cuCtxCreate");
+    check(cuda.alloc(&device, opt.bytes), "cuMemAlloc");
+    uint64_t *bytes = pattern(piece / 8, opt.seed);
+    for (size_t at = 0; at < opt.bytes; at += piece)
+        check(cuda.to_device(device + at, bytes, at + piece < opt.bytes ? piece : opt.bytes - at),
+              "cuMemcpyHtoD");
+    report("{}\n", 3);
+    while (!stopping)
+        nap(opt.tick_ms);
+}
+
 /* Starts short-lived CUDA processes one after the other, each a program of its own. */
 static void run_churn(char **argv)
 {
@@ -347,6 +366,8 @@ static void run_kind(char **argv)
 {
     if (strcmp(opt.kind, "ctx") == 0)
         run_ctx();
+    else if (strcmp(opt.kind, "hold") == 0)
+        run_hold();
     else if (strcmp(opt.kind, "init") == 0)
         load_cuda(), count(0, NULL, 0);
     else if (strcmp(opt.kind, "map") == 0)
@@ -405,7 +426,7 @@ static void copy_word(char *to, size_t size, const char *from)
 }
 
 static const char usage[] =
-    "simgpu-workload [--kind ctx|init|map|cpu|newpid|fork|churn] [--procs KIND,KIND,...]\n"
+    "simgpu-workload [--kind ctx|hold|init|map|cpu|newpid|fork|churn] [--procs KIND,KIND,...]\n"
     "  [--bytes N] [--cpu-bytes N] [--seed N] [--tick-ms N] [--busy-ms N] [--ticks N] [--name S]\n"
     "  [--status FILE|-] [--token-file FILE] [--tcp] [--flock FILE] [--fcntl-lock FILE]\n"
     "  [--io-uring]\n";

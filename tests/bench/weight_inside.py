@@ -5,6 +5,7 @@ whatever else the machine does falls on both. Leaves no container behind when it
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from shim import messages
 from shim.bundle import address_in
 from shim.protowire import Message
-from shim.ttrpc import Client, connect
+from shim.ttrpc import Client, ConnectionClosed, connect
 
 IMAGE = "docker.io/local/busybox:1"
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
@@ -34,10 +35,18 @@ def main(rounds: int, calls: int) -> None:
     samples: Samples = {}
     run("grit", "other")
     for measure in (run_detached, run_to_end, delete):
+        print(f"  {measure.__name__}", file=sys.stderr, flush=True)
         for number in range(rounds):
             for runtime in order(number):
                 note(samples, measure.__name__, runtime, measure(runtime))
+    print("  start", file=sys.stderr, flush=True)
+    for number in range(rounds):
+        for runtime in order(number):
+            wall, cpu = start(runtime)
+            note(samples, "start", runtime, wall)
+            note(samples, "start_cpu", runtime, cpu)
     remove("other")
+    print("  state, checkpoint", file=sys.stderr, flush=True)
     state_calls(samples, calls)
     checkpoints(samples, rounds)
     json.dump(samples, sys.stdout)
@@ -54,7 +63,9 @@ def note(samples: Samples, figure: str, runtime: str, value: float) -> None:
 
 
 def ctr(*words: str) -> None:
-    subprocess.run(["ctr", *words], check=True, stdout=subprocess.DEVNULL)
+    # It tells of every task that was killed.
+    null = subprocess.DEVNULL
+    subprocess.run(["ctr", *words], check=True, stdout=null, stderr=null)
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -108,6 +119,37 @@ def delete(runtime: str) -> float:
         subprocess.run(["rm", "-rf", bundle], check=True)
 
 
+def start(runtime: str) -> tuple[float, float]:
+    """The shim's `start` as containerd calls it in a new bundle, to its answer: seconds, and those
+    of processor time (of all that has ended by then, so without the daemons')."""
+    bundle = f"{BUNDLES}/new"
+    os.makedirs(f"{bundle}/rootfs")
+    with open(f"{bundle}/config.json", "w") as file:
+        file.write('{"annotations": {}}')
+    os.mkfifo(f"{bundle}/log")
+    log = os.open(f"{bundle}/log", os.O_RDWR | os.O_NONBLOCK)
+    flags = ["-namespace", "default", "-address", "/run/containerd/containerd.sock"]
+    flags += ["-publish-binary", "/usr/bin/containerd", "-id", "new", "start"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    done = subprocess.run(
+        [SHIMS[runtime], *flags],
+        check=True,
+        cwd=bundle,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    taken = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shim = Shim(done.stdout.strip(), "new")
+    shim.shut_down()
+    os.close(log)
+    subprocess.run(["rm", "-rf", bundle], check=True)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return taken, cpu
+
+
 def read(path: str) -> str:
     with open(path) as file:
         return file.read().strip()
@@ -137,6 +179,13 @@ class Shim:
     def call(self, method: str, request: Message | None = None) -> bytes:
         asked = request if request is not None else messages.TaskRequest(id=self._task)
         return self._client.call(self._service, method, asked.encode())
+
+    def shut_down(self) -> None:
+        try:
+            self.call("Shutdown", messages.ShutdownRequest(id=self._task, now=True))
+        except ConnectionClosed:
+            pass  # it ends, and may do so before it has answered
+        self._client.wait_closed()
 
 
 def state_calls(samples: Samples, calls: int) -> None:
