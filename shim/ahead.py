@@ -48,7 +48,7 @@ class Ahead:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self._stopped.set()  # no waiting: after a failure the disk may be what hangs
 
     def stop(self) -> dict[tuple[str, int], bytes]:
         """The digests by file name and number of the block, in any number of calls."""
