@@ -11,6 +11,7 @@ must never let a partial one be taken for it, nor remove anything but drafts of 
 from __future__ import annotations
 
 import os
+import stat
 
 from shim import digests
 from shim.manifest import (
@@ -46,7 +47,9 @@ __all__ = [
     "load",
     "remove",
     "rootfs_diff",
+    "untrusted",
     "verify",
+    "verify_beside",
     "verify_sums",
 ]
 
@@ -317,7 +320,8 @@ class Draft:
 
 
 class Problem:
-    """Something wrong with one file; `kind` is missing, extra, not-a-file, size or checksum."""
+    """Something wrong with one file; `kind` is missing, extra, not-a-file, size, checksum, owner or
+    mode."""
 
     __slots__ = ("kind", "name", "text")
 
@@ -442,22 +446,84 @@ def verify_sums(directory: str) -> list[Problem] | None:
     """What differs from the directory's SHA256SUMS; None where it has none.
 
     Raises CheckpointDirError if that cannot be read or is not one."""
+    wanted = _read_sums(directory)
+    if wanted is None:
+        return None
+    problems = _differing(directory, wanted)
+    here = set(_beside(directory)) - {SUMS}
+    problems += [Problem(name, "extra", f"is not in {SUMS}") for name in here - set(wanted)]
+    return sorted(problems, key=lambda problem: problem.name)
+
+
+def verify_beside(images: str) -> list[Problem]:
+    """What differs from SHA256SUMS of the files that stand beside an image directory, and of its
+    manifest. The sums lie beside it too, or for a pod's container one directory higher. Empty where
+    there are none. Raises CheckpointDirError as verify_sums()."""
+    parent, base = os.path.split(os.path.abspath(images))
+    if base != IMAGES:
+        return []
+    directory, within = parent, ""
+    if not os.path.lexists(os.path.join(parent, SUMS)):
+        directory, container = os.path.split(parent)
+        within = container + "/"
+    wanted = _read_sums(directory) or {}
+    mine = {name: digest for name, digest in wanted.items() if name.startswith(within)}
+    if not mine:
+        return []  # another's, in a place for several checkpoints
+    problems = _differing(directory, mine)
+    for name in (os.path.join(IMAGES, MANIFEST), ROOTFS_DIFF, CONTAINER_LOG):
+        if within + name not in mine and os.path.lexists(os.path.join(parent, name)):
+            problems.append(Problem(within + name, "extra", f"is not in {SUMS}"))
+    return sorted(problems, key=lambda problem: problem.name)
+
+
+def untrusted(images: str) -> list[Problem]:
+    """What of an image directory, and of the diff and log beside it, users other than root and us
+    could have written: it belongs to them, or its mode lets them write. The restored processes get
+    whatever rights the images say. Raises CheckpointDirError if the directory cannot be read."""
+    problems = []
+    try:
+        with os.scandir(images) as entries:
+            paths = [images, *(entry.path for entry in entries)]
+        paths += [path for path in (rootfs_diff(images), container_log(images)) if path]
+        for path in paths:
+            found = os.stat(path, follow_symlinks=path == images)
+            name = os.path.basename(path) if path != images else path
+            if found.st_uid not in (0, os.geteuid()):
+                text = f"belongs to the user {found.st_uid}; it must be root's (chown)"
+                problems.append(Problem(name, "owner", text))
+            elif stat.S_ISLNK(found.st_mode):
+                continue  # has no mode of its own; verify() refuses it
+            elif found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
+                text = f"may be written by others (mode {found.st_mode & 0o7777:04o}; chmod go-w)"
+                problems.append(Problem(name, "mode", text))
+    except OSError as error:
+        raise CheckpointDirError(f"cannot read {images}: {_reason(error)}") from error
+    return problems
+
+
+def _read_sums(directory: str) -> dict[str, str] | None:
+    """SHA256SUMS as digests by name, None where there is none. Raises CheckpointDirError."""
     where = os.path.join(directory, SUMS)
     try:
-        with open(where, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read(MAX_MANIFEST).splitlines()
+        with open(where, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            text = file.read(MAX_MANIFEST)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointDirError(f"{where}: cannot be read: {error.strerror}") from error
     wanted = {}
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(): a damaged line's end must not be taken for another kind of it.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         digest, _, name = line.partition("  ")
         parts = name.split("/")
-        if len(digest) != 64 or not name or ".." in parts or "" in parts:
+        if len(digest) != 64 or not name or ".." in parts or "" in parts or "\0" in name:
             raise CheckpointDirError(f"{where}, line {number}: is not a checksum and a file's name")
         wanted[name] = digest
+    return wanted
 
+
+def _differing(directory: str, wanted: dict[str, str]) -> list[Problem]:
     problems = []
     paths = {}
     for name in wanted:
@@ -473,9 +539,7 @@ def verify_sums(directory: str) -> list[Problem] | None:
         elif found != wanted[name]:
             text = f"has SHA-256 {found}; {SUMS} says {wanted[name]}"
             problems.append(Problem(name, "checksum", text))
-    here = set(_beside(directory)) - {SUMS}
-    problems += [Problem(name, "extra", f"is not in {SUMS}") for name in here - set(wanted)]
-    return sorted(problems, key=lambda problem: problem.name)
+    return problems
 
 
 def remove(directory: str) -> None:

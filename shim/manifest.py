@@ -12,6 +12,10 @@ from shim.digests import BLOCK
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
 FORMAT = 1
+# A manifest has both, so that no single damaged place makes it look like one that has neither.
+_SEALED = "self_check"
+_SEAL = "sha256_of_the_above"
+_SEAL_BEGINS = f',\n  "{_SEAL}": "'.encode()
 
 
 class CheckpointDirError(Exception):
@@ -108,11 +112,13 @@ class Manifest:
         return f"Manifest({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def encode(self) -> bytes:
-        """The bytes of `grit.json`: indented for people, keys in a telling order."""
+        """The bytes of `grit.json`: indented for people, keys in a telling order, and in the last
+        line the SHA-256 of all above it."""
         import json
 
         document = {
             "format": FORMAT,
+            _SEALED: _PLAIN,
             "created": self.created,
             "container": {
                 "id": self.container_id,
@@ -137,11 +143,13 @@ class Manifest:
                 for name, file in sorted(self.files.items())
             },
         }
-        return json.dumps(document, indent=2, allow_nan=False).encode() + b"\n"
+        above = json.dumps(document, indent=2, allow_nan=False).encode().removesuffix(b"\n}")
+        return above + _SEAL_BEGINS + _seal_of(above)
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> Manifest:
-        """Raises ManifestError, in which `where` names the file. Unknown keys are passed over."""
+        """Raises ManifestError, in which `where` names the file. Unknown keys are passed over. One
+        that was written without a checksum of itself is read without it."""
         document = _Reader(_read_json(data, where), where)
         number = document.integer("format")
         if number != FORMAT:
@@ -149,6 +157,10 @@ class Manifest:
                 f"{where}: is of format {number}, and this grit reads format {FORMAT}; restore it "
                 "with the version of grit that wrote it"
             )
+        above, sealed, seal = data.rpartition(_SEAL_BEGINS)
+        claimed = sealed or _SEALED in document.value or _SEAL in document.value
+        if claimed and seal != _seal_of(above):
+            raise ManifestError(_changed(where))
         container = document.table("container")
         return cls(
             created=document.time("created"),
@@ -172,6 +184,21 @@ class Manifest:
             devices=document.texts("devices", optional=True),
             files=_read_files(document.table("files")),
         )
+
+
+def _seal_of(above: bytes) -> bytes:
+    """What follows `_SEAL_BEGINS`, to the manifest's end."""
+    import hashlib
+
+    return hashlib.sha256(above).hexdigest().encode() + b'"\n}\n'
+
+
+def _changed(where: str) -> str:
+    return (
+        f"{where}: does not match the checksum in its last line: it is damaged, or was changed by "
+        f"hand. Copy the checkpoint again; after a change that is meant, remove {_SEALED} and "
+        f"{_SEAL} from it"
+    )
 
 
 class _Reader:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.container import Container
+    from shim.loopback import Ends
 
 ANNOTATION = "grit.dev/together"
 
@@ -77,6 +78,8 @@ class Pod:
         self.containers: dict[str, Container] = {}
         self.filled_volumes: set[str] = set()
         """The pod's volumes, by their directories, that a restore has put back."""
+        self.ends: Ends | None = None
+        """Of connections between its containers, once one with kept connections is restored."""
         self._turn = threading.Lock()  # held while a pause of all begins or ends
         self._pause: _Pause | None = None
 

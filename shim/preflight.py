@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from shim import devices, gpu, headroom, log
+from shim import devices, gpu, headroom, log, sysv
 from shim.cuda import discovery
 from shim.cuda.errors import LibraryError
 
@@ -108,12 +108,12 @@ def against_dump(pids: list[int]) -> list[str]:
     for pid in pids:
         kinds = _kinds_held(pid)
         for kind in kinds:
-            holders.setdefault(kind, []).append(_named(pid))
+            holders.setdefault(kind, []).append(sysv.named(pid))
     return [
         f"{', '.join(who)} {'uses' if len(who) == 1 else 'use'} {_UNDUMPABLE[kind][1]} (holds "
         f"{_UNDUMPABLE[kind][0]} open), which CRIU cannot dump: {_UNDUMPABLE[kind][2]}"
         for kind, who in sorted(holders.items())
-    ]
+    ] + sysv.against_dump(pids)
 
 
 def against_cuda(
@@ -221,14 +221,6 @@ def _kinds_held(pid: int) -> set[int]:
             continue
         kinds.update(n for n, (mark, _, _) in enumerate(_UNDUMPABLE) if target.startswith(mark))
     return kinds
-
-
-def _named(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return f"pid {pid} ({file.read().strip()})"
-    except OSError:
-        return f"pid {pid}"
 
 
 def _private_memory(pid: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import nullcontext
 
 from shim import (
     bundle,
@@ -41,8 +42,12 @@ from shim.ttrpc import StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from shim.checkpoint_dir import Problem
     from shim.container import Container
     from shim.manifest import Manifest
+    from shim.pod import Pod
 
 ANNOTATION = bundle.RESTORE_ANNOTATION
 GRIT_RESTORE = "grit.dev/restore-name"
@@ -73,7 +78,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         if not images:
             return None
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
-    manifest = _verified(images)
+    manifest = _verified(images, beside=not create.checkpoint)
     fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, saved_log)
     injections: list[tuple[str, str | None]] = []
@@ -130,8 +135,9 @@ def _fill_log(container: Container, saved: str) -> None:
         )
 
 
-def start(container: Container) -> bytes:
+def start(container: Container, pod: Pod) -> bytes:
     """Restores the processes and gives them their GPU back; the inner shim's answer to Start.
+    Connections to other containers of the pod outlast it, where they are kept.
 
     Raises RestoreError, with the container killed, if any CUDA process does not run; the inner
     shim's StatusError if CRIU failed. Both with CRIU's log kept and its reason added.
@@ -142,7 +148,8 @@ def start(container: Container) -> bytes:
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
     try:
-        reply = container.ask("Start", messages.ExecRequest(id=container.id))
+        with _connections_of(container, found, pod):
+            reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
         raise StatusError(error.code, _explained(container, error.message)) from error
     criu = round(time.monotonic() - began, 3)
@@ -208,20 +215,35 @@ def _await_download(container: Container, directory: str) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _verified(images: str) -> Manifest | None:
-    """The manifest, after every file was compared with it. None for images without one."""
+def _verified(images: str, *, beside: bool) -> Manifest | None:
+    """The manifest, after every file was compared with it, and what lies `beside` with its own
+    sums. None for images without one. Raises CheckpointDirError for what is damaged, or could be
+    another user's work."""
+    suspicious = checkpoint_dir.untrusted(images)
+    if suspicious:
+        raise CheckpointDirError(
+            f"the checkpoint {images} was not restored, since others than root could have changed "
+            f"it: {_listed(suspicious)}"
+        )
+    problems = checkpoint_dir.verify_beside(images) if beside else []
+    manifest = None
     try:
         manifest = checkpoint_dir.load(images)
     except checkpoint_dir.ForeignCheckpoint:
         log.warning("images without a manifest: restored unverified", images=images)
-        return None
-    problems = [one for one in checkpoint_dir.verify(images, manifest) if one.kind != "extra"]
+    if manifest is not None:
+        found = checkpoint_dir.verify(images, manifest)
+        problems += [one for one in found if one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
-            f"the checkpoint {images} is damaged and was not restored: "
-            + "; ".join(map(str, problems))
+            f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"
         )
     return manifest
+
+
+def _listed(problems: list[Problem]) -> str:
+    shown = "; ".join(map(str, problems[:5]))
+    return shown + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _fit_gpus(container: Container, found: Restore, spec: dict[str, Any]) -> None:
@@ -279,7 +301,7 @@ def _write_criu_config(
     lines: list[tuple[str, str | None]] = []
     if settings.tcp == "close":
         lines.append(("tcp-close", None))
-    elif settings.tcp == "established" or made_with.get("tcp_established"):
+    elif _keeps_connections(container, found):
         lines.append(("tcp-established", None))
     if settings.file_locks or made_with.get("file_locks"):
         lines.append(("file-locks", None))
@@ -295,6 +317,22 @@ def _write_criu_config(
     bundle.replace(os.path.join(container.bundle, bundle.BASE_CONFIG), base or "", mode=0o600)
     spec["annotations"] = {**notes, request.CONFIG_ANNOTATION: path}
     bundle.write_spec(container.bundle, spec)
+
+
+def _connections_of(container: Container, found: Restore, pod: Pod) -> AbstractContextManager[None]:
+    if not _keeps_connections(container, found):
+        return nullcontext()
+    from shim import loopback
+
+    if pod.ends is None:
+        pod.ends = loopback.Ends()
+    return pod.ends.restoring(container, found.images)
+
+
+def _keeps_connections(container: Container, found: Restore) -> bool:
+    if container.config.tcp != "refuse":
+        return container.config.tcp == "established"
+    return found.manifest is not None and bool(found.manifest.options.get("tcp_established"))
 
 
 def _thaw(container: Container) -> None:

@@ -96,7 +96,9 @@ class Tasks:
         from shim import restore
 
         with one.lock:
-            return operation.run(one, "restore", call.metadata, lambda: restore.start(one))
+            return operation.run(
+                one, "restore", call.metadata, lambda: restore.start(one, self._pod)
+            )
 
     def _pause(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)

@@ -120,6 +120,7 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
     document = json.loads((place / "grit.json").read_bytes())
     assert list(document) == [
         "format",
+        "self_check",
         "created",
         "container",
         "runtime",
@@ -136,6 +137,7 @@ def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
         "devices",
         "phases",
         "files",
+        "sha256_of_the_above",
     ]
     assert document["format"] == 1
     assert document["container"]["id"] == "c1"
@@ -493,6 +495,7 @@ def document() -> dict[str, object]:
     manifest.files = {"inventory.img": File(1, "0" * 64)}
     value = json.loads(manifest.encode())
     assert isinstance(value, dict)
+    del value["self_check"], value["sha256_of_the_above"]  # as a change by hand must
     return value
 
 
@@ -561,6 +564,26 @@ def test_what_is_wrong_with_a_manifest_is_named(
 ) -> None:
     with pytest.raises(ManifestError, match="^grit.json: .*" + message):
         Manifest.decode(with_value(path, value), "grit.json")
+
+
+def test_every_single_bit_of_a_manifest_is_protected() -> None:
+    manifest = a_manifest()
+    manifest.created = "2026-11-23T12:00:00Z"
+    manifest.files = {"inventory.img": File(1, "0" * 64)}
+    data = manifest.encode()
+    assert Manifest.decode(data, "x") == manifest
+    for at in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[at // 8] ^= 1 << at % 8
+        with pytest.raises(ManifestError):
+            Manifest.decode(bytes(flipped), "x")
+    for cut in range(len(data)):
+        with pytest.raises(ManifestError):
+            Manifest.decode(data[:cut], "x")
+    with pytest.raises(ManifestError, match=r"^x: does not match the checksum in its last line"):
+        Manifest.decode(data.replace(b"c1", b"c2"), "x")
+    with pytest.raises(ManifestError, match="remove self_check and sha256_of_the_above from it"):
+        Manifest.decode(json.dumps(json.loads(data)).encode(), "x")
 
 
 def test_keys_of_a_later_grit_are_passed_over() -> None:

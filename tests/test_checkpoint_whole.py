@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, restore
 from shim.checkpoint_dir import CheckpointDirError, Draft
 from tests.test_checkpoint_dir import published
 
@@ -102,3 +104,89 @@ def test_drafts_of_the_living_are_not_abandoned(tmp_path: Path) -> None:
     (tmp_path / ".mine.grit-partial-xyz").mkdir()
     assert checkpoint_dir.abandoned(str(tmp_path)) == [str(dead)]
     draft.discard()
+
+
+def _places(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def _wrong(images: Path) -> str:
+    """What a restore by annotation says of the checkpoint, "" if it would begin."""
+    try:
+        restore._verified(str(images), beside=True)
+    except checkpoint_dir.CheckpointDirError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    final = tmp_path / "job"
+    make(final)
+    return final
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_stops_its_restore(stored: Path) -> None:
+    """200 bits, each byte of the images, the manifest, the diff, the log and the sums as likely."""
+    images = stored / "checkpoint"
+    assert _wrong(images) == ""
+    files = _places(stored)
+    random = Random(7)
+    sizes = [path.stat().st_size for path in files]
+    met = set()
+    # One in every file first, so that none is left out by chance.
+    chosen = [path for path in files if path.stat().st_size]
+    chosen += random.choices(files, sizes, k=200 - len(chosen))
+    for path in chosen:
+        was = path.read_bytes()
+        at = random.randrange(len(was))
+        flipped = bytearray(was)
+        flipped[at] ^= 1 << random.randrange(8)
+        path.write_bytes(flipped)
+        said = _wrong(images)
+        if path.name in ("config.dump", "spec.dump", "SHA256SUMS", "grit.json"):
+            assert said, f"{path}, byte {at}"
+        else:
+            assert path.name in said, f"{path}, byte {at}"
+        path.write_bytes(was)
+        met.add(path.name)
+    assert {"grit.json", "SHA256SUMS", "inventory.img", "rootfs-diff.tar"} <= met
+    assert _wrong(images) == ""
+
+
+def test_what_is_missing_swapped_or_added_beside_stops_a_restore(stored: Path) -> None:
+    images, diff = stored / "checkpoint", stored / "rootfs-diff.tar"
+    was = diff.read_bytes()
+    diff.unlink()
+    assert "rootfs-diff.tar: is missing" in _wrong(images)
+    diff.write_bytes(b"another layer")
+    assert "rootfs-diff.tar: has SHA-256 " in _wrong(images)
+    diff.write_bytes(was)
+    sums = stored / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if "rootfs-diff" not in line))
+    assert "rootfs-diff.tar: is not in SHA256SUMS" in _wrong(images)
+    sums.unlink()
+    assert _wrong(images) == ""  # as clients other than gritctl leave it
+
+
+def test_a_pods_container_is_checked_by_the_pods_sums(tmp_path: Path) -> None:
+    final = tmp_path / "pod"
+    make(final, "web", "db")
+    assert _wrong(final / "web/checkpoint") == ""
+    (final / "web/rootfs-diff.tar").write_bytes(b"another")
+    assert "web/rootfs-diff.tar: has SHA-256 " in _wrong(final / "web/checkpoint")
+    assert _wrong(final / "db/checkpoint") == ""
+
+
+def test_what_others_may_write_is_not_restored(stored: Path) -> None:
+    images = stored / "checkpoint"
+    for path in (images, images / "inventory.img", stored / "rootfs-diff.tar"):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        said = _wrong(images)
+        assert path.name in said and "chmod go-w" in said
+        path.chmod(mode)
+    assert _wrong(images) == ""
+    os.chown(images / "inventory.img", 4711, 0)
+    assert "inventory.img: belongs to the user 4711" in _wrong(images)

@@ -19,12 +19,12 @@ BASE = 0x7F0000000000
 ME = os.getpid()
 
 
-def entry(start: int, size: int, flags: int = 4) -> images._PagemapEntry:
-    return images._PagemapEntry(vaddr=start, nr_pages=size // 4096, flags=flags)
+def entry(start: int, size: int, flags: int = 4) -> images.PagemapEntry:
+    return images.PagemapEntry(vaddr=start, nr_pages=size // 4096, flags=flags)
 
 
-def write(directory: Path, *entries: images._PagemapEntry, pid: int = 7) -> None:
-    head = images._PagemapHead(pages_id=3)
+def write(directory: Path, *entries: images.PagemapEntry, pid: int = 7) -> None:
+    head = images.PagemapHead(pages_id=3)
     (directory / f"pagemap-{pid}.img").write_bytes(image(PAGEMAP, head, *entries))
 
 
@@ -56,10 +56,10 @@ def test_the_images_say_which_file_holds_how_much(tmp_path: Path) -> None:
 
 
 def test_large_counts_of_either_field_are_understood() -> None:
-    large = images._PagemapEntry(vaddr=BASE, nr_pages=1 << 33, flags=4)
-    small = images._PagemapEntry(vaddr=BASE, nr_pages_32=2, flags=4)
+    large = images.PagemapEntry(vaddr=BASE, nr_pages=1 << 33, flags=4)
+    small = images.PagemapEntry(vaddr=BASE, nr_pages_32=2, flags=4)
     for record, bytes_ in ((large, 1 << 45), (small, 8192)):
-        data = image(PAGEMAP, images._PagemapHead(pages_id=1), record)
+        data = image(PAGEMAP, images.PagemapHead(pages_id=1), record)
         assert images.parse_pagemap(data, [(BASE, BASE + (1 << 46))]) == ("pages-1.img", bytes_)
 
 

@@ -3,7 +3,7 @@ sockets, mounts.
 
 Field numbers and file names are those of CRIU 4.2's images (pstree, core, mm, pagemap, files and
 mountpoints; the values of `status` are in criu/include/image.h). For people to look at; a dump or
-a restore must not depend on it. Only reads, and never the pages themselves.
+a restore must not fail for want of it. Only reads, and never the pages themselves.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PAGE = 4096
+    Connection = tuple[str, str, int, str, int]
+    """"ipv4" or "ipv6", address and port of the end in the images, address and port of its peer."""
 
 _CORE_MAGIC = 0x55053847
 _MM_MAGIC = 0x57492820
-_PAGEMAP_MAGIC = 0x56084025
 _FILES_MAGIC = 0x56303138
 _MOUNTS_MAGIC = 0x55563928
 
@@ -86,20 +86,6 @@ class Vma(Message):
 
 class Mm(Message):
     vmas: list[Vma] = repeated(message(14, Vma))
-
-
-class PagemapHead(Message):
-    pages_id: int | None = optional(uint32(1))
-
-
-class PagemapEntry(Message):
-    """`compat_nr_pages` is what CRIU before 4.0 wrote."""
-
-    vaddr: int | None = optional(uint64(1))
-    compat_nr_pages: int | None = optional(uint32(2))
-    in_parent: bool | None = optional(bool_(3))
-    flags: int | None = optional(uint32(4))
-    nr_pages: int | None = optional(uint64(5))
 
 
 class RegularFile(Message):
@@ -214,6 +200,25 @@ def read(directory: str, regions: dict[int, list[tuple[int, int]]] | None = None
     return found
 
 
+def loopback_connections(directory: str) -> set[Connection]:
+    """The TCP connections in an image directory that go through a loopback; a listening socket is
+    none. Raises ImageError."""
+    found: set[Connection] = set()
+    if not os.path.exists(os.path.join(directory, "files.img")):
+        return found
+    for entry in images.read(directory, "files.img", OpenFile, _FILES_MAGIC):
+        one = entry.isk
+        if one is None or one.proto != socket.IPPROTO_TCP or not one.dst_port:
+            continue
+        family = one.family or 0
+        address, peer = _address(family, one.src_addr), _address(family, one.dst_addr)
+        if peer.startswith("127.") or peer == "[::1]":
+            kind = "ipv6" if family == socket.AF_INET6 else "ipv4"
+            ends = address.strip("[]"), one.src_port or 0, peer.strip("[]"), one.dst_port
+            found.add((kind, *ends))
+    return found
+
+
 def _read_memory(
     directory: str, task: Task, regions: list[tuple[int, int]], found: Contents
 ) -> None:
@@ -249,17 +254,16 @@ def _kind(status: int) -> str:
 
 def _pagemap(directory: str, name: str) -> tuple[int, list[tuple[int, int]]]:
     """The number of the page file, and (address, bytes) of what lies in it."""
-    records = images.read_records(directory, name, _PAGEMAP_MAGIC)
+    records = images.read_records(directory, name, images.PAGEMAP_MAGIC)
     if not records:
         raise ImageError(f"{directory}/{name}: it names no page file")
-    head = images.decode(PagemapHead, records[0])
+    head = images.decode(images.PagemapHead, records[0])
     entries = []
     for record in records[1:]:
-        entry = images.decode(PagemapEntry, record)
+        entry = images.decode(images.PagemapEntry, record)
         if entry.in_parent or (entry.flags or 0) & _PARENT:
             continue
-        pages = entry.nr_pages or entry.compat_nr_pages or 0
-        entries.append((entry.vaddr or 0, pages * PAGE))
+        entries.append((entry.vaddr or 0, entry.size()))
     return head.pages_id or 0, entries
 
 

@@ -143,8 +143,8 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         r"External socket (?:is used|found in image)",
         (
-            "a unix socket has its other end outside the container: allow it with the option "
-            "ext_unix_sk"
+            "a unix socket has its other end outside the container (in another of its pod, say): "
+            "the option ext_unix_sk allows it, but for stream sockets"
         ),
     ),
     (
@@ -175,6 +175,14 @@ _EXPLANATIONS: tuple[tuple[str, str], ...] = (
     (
         r"No mapping for .* mountpoint",
         "the images expect an external mount that the container to be restored does not have",
+    ),
+    # criu/ipc_ns.c
+    (
+        r"Failed to create (?:shm|msg|sem) set",
+        (
+            "the pod has these SysV objects already: the images of each of its containers hold all "
+            "of the pod's, so that only the first container can be restored, and only once in a pod"
+        ),
     ),
     # criu/namespaces.c
     (

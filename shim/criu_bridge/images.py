@@ -13,6 +13,7 @@ import os
 from shim.protowire import (
     DecodeError,
     Message,
+    bool_,
     message,
     optional,
     repeated,
@@ -34,9 +35,9 @@ _SERVICE_MAGIC = 0x55105940
 _INVENTORY_MAGIC = 0x58313116
 _PSTREE_MAGIC = 0x50273030
 _STATS_MAGIC = 0x57093306
-_PAGEMAP_MAGIC = 0x56084025
+PAGEMAP_MAGIC = 0x56084025
 
-_PAGE = 4096
+PAGE = 4096
 _PRESENT = 4  # criu/include/pagemap.h: PE_PRESENT, the pages are in this image and no other
 
 CUDA_PLUGIN = "cuda_plugin"
@@ -79,17 +80,22 @@ class DumpStats(Message):
     shpages_written: int | None = optional(uint64(14))
 
 
-class _PagemapHead(Message):
+class PagemapHead(Message):
     pages_id: int | None = optional(uint32(1))
 
 
-class _PagemapEntry(Message):
+class PagemapEntry(Message):
     """`nr_pages` since CRIU 4.1, which writes the other one too where it is large enough."""
 
     vaddr: int | None = optional(uint64(1))
     nr_pages_32: int | None = optional(uint32(2))
+    in_parent: bool | None = optional(bool_(3))
     flags: int | None = optional(uint32(4))
     nr_pages: int | None = optional(uint64(5))
+
+    def size(self) -> int:
+        """In bytes."""
+        return (self.nr_pages or self.nr_pages_32 or 0) * PAGE
 
 
 class _Stats(Message):
@@ -135,10 +141,10 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     the address ranges [start, end) are in it. Raises ImageError."""
     from bisect import bisect_right
 
-    records = _records(data, _COMMON_MAGIC, _PAGEMAP_MAGIC)
+    records = _records(data, _COMMON_MAGIC, PAGEMAP_MAGIC)
     if not records:
         raise ImageError("a pagemap without a head")
-    head = decode(_PagemapHead, records[0])
+    head = decode(PagemapHead, records[0])
     low = min((start for start, _ in ranges), default=0)
     high = max((end for _, end in ranges), default=0)
     total = 0
@@ -147,9 +153,9 @@ def parse_pagemap(data: bytes, ranges: list[tuple[int, int]]) -> tuple[str, int]
     for record in records[max(first, 1) :]:
         if _first_varint(record) >= high:
             break
-        entry = decode(_PagemapEntry, record)
+        entry = decode(PagemapEntry, record)
         start = entry.vaddr or 0
-        end = start + (entry.nr_pages or entry.nr_pages_32 or 0) * _PAGE
+        end = start + entry.size()
         if (entry.flags or 0) & _PRESENT:
             total += sum(max(min(end, e) - max(start, s), 0) for s, e in ranges)
     return f"pages-{head.pages_id}.img", total

@@ -40,14 +40,14 @@ def directory(tmp_path: Path) -> Path:
     mm = contents.Mm(vmas=[private, heap, stack, library])
     write(tmp_path, "mm-1.img", 0x57492820, mm)
     entries = [
-        contents.PagemapHead(pages_id=3),
-        contents.PagemapEntry(vaddr=0x1F000, nr_pages=5, flags=4),  # across two areas
-        contents.PagemapEntry(vaddr=0x50000, compat_nr_pages=2),
-        contents.PagemapEntry(vaddr=0x52000, nr_pages=9, flags=1),  # lies in the parent's images
-        contents.PagemapEntry(vaddr=0x7F000, nr_pages=1, flags=4),
+        images.PagemapHead(pages_id=3),
+        images.PagemapEntry(vaddr=0x1F000, nr_pages=5, flags=4),  # across two areas
+        images.PagemapEntry(vaddr=0x50000, nr_pages_32=2),
+        images.PagemapEntry(vaddr=0x52000, nr_pages=9, flags=1),  # lies in the parent's images
+        images.PagemapEntry(vaddr=0x7F000, nr_pages=1, flags=4),
     ]
     write(tmp_path, "pagemap-1.img", 0x56084025, *entries)
-    shared = [contents.PagemapHead(pages_id=4), contents.PagemapEntry(vaddr=0, nr_pages=6)]
+    shared = [images.PagemapHead(pages_id=4), images.PagemapEntry(vaddr=0, nr_pages=6)]
     write(tmp_path, "pagemap-shmem-12.img", 0x56084025, *shared)
     return tmp_path
 
@@ -119,3 +119,28 @@ def test_what_is_broken_is_named(directory: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(images.ImageError, match=f"no readable {name}"):
         contents.read(str(directory))
+
+
+def test_connections_through_the_loopback(tmp_path: Path) -> None:
+    """Only established ones: no listening socket, none to another machine, no UDP."""
+
+    def entry(family: int, **fields: object) -> contents.OpenFile:
+        isk = contents.InternetSocket(**{"family": family, "proto": 6, **fields})
+        return contents.OpenFile(type=4, id=1, isk=isk)
+
+    here, there = (int.from_bytes(socket.inet_aton(a), "little") for a in ("127.0.0.1", "10.1.2.3"))
+    six = [0, 0, 0, int.from_bytes(b"\0\0\0\1", "little")]
+    v4 = {"src_addr": [here], "dst_addr": [here]}
+    records = [
+        entry(socket.AF_INET, src_port=80, dst_port=0, **v4),
+        entry(socket.AF_INET, src_port=80, dst_port=4000, **v4),
+        entry(socket.AF_INET, src_port=81, dst_port=4000, src_addr=[there], dst_addr=[there]),
+        entry(socket.AF_INET, src_port=82, dst_port=4000, **{**v4, "proto": 17}),
+        entry(socket.AF_INET6, src_port=83, dst_port=4001, src_addr=six, dst_addr=six),
+    ]
+    write(tmp_path, "files.img", 0x56303138, *records)
+    assert contents.loopback_connections(str(tmp_path)) == {
+        ("ipv4", "127.0.0.1", 80, "127.0.0.1", 4000),
+        ("ipv6", "::1", 83, "::1", 4001),
+    }
+    assert contents.loopback_connections(str(tmp_path / "elsewhere")) == set()

@@ -13,7 +13,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs/compatibility.md"
 BEGIN = "<!-- written by `make table` -->\n"
 END = "<!-- end of what `make table` wrote -->\n"
 
-_CONTAINERDS = {"13": "1.7", "forky": "2.1"}
+_CONTAINERDS = {"1.6": "1.6", "13": "1.7", "forky": "2.1"}
 _NAMES = {
     "grit": "grit.v1",
     "io.containerd.grit.v1": "grit.v1",
@@ -42,7 +42,8 @@ def cell_of(item: pytest.Item) -> Cell | None:
 
 def table(outcomes: dict[Cell, bool]) -> str:
     """Each cell has the engines with which its test passed."""
-    columns = [(version, name) for version in ("1.7", "2.1") for name in ("grit.v1", "runc.v2")]
+    versions, names = ("1.6", "1.7", "2.1"), ("grit.v1", "runc.v2")
+    columns = [(version, name) for version in versions for name in names]
     lines = ["| client | " + " | ".join(f"{v}, `{n}`" for v, n in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for client in dict.fromkeys(cell[0] for cell in outcomes):

@@ -2,7 +2,7 @@
 call by call (nerdctl: pkg/cmd/checkpoint/create.go, pkg/taskutil/taskutil.go).
 
 nerdctl asks for `exit` of runtimes named runc only, and cannot name a shim's path. So grit stands
-where containerd looks for the stock shim: 1.7 in its PATH, 2.1 beside its own program, where the
+where containerd looks for the stock shim: 1.x in its PATH, 2.1 beside its own program, where the
 stock shim gives way to it and is found in the PATH.
 """
 
@@ -27,7 +27,7 @@ from tests.e2e.gpu import (
     until,
 )
 from tests.e2e.pods.services import Services
-from tests.nodes.installed import SHIM
+from tests.nodes.installed import OLD, SHIM
 from tests.nodes.node import CONFIG_WITHOUT_CRI, ENVIRONMENT, SOCKET
 from tests.simgpu import simgpu
 
@@ -44,12 +44,14 @@ if TYPE_CHECKING:
 PAUSED = 4
 CHECKPOINT = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
 ELSEWHERE = "/usr/libexec/stock-shim"
+EVERYWHERE = pytest.mark.parametrize("gpu_node", [OLD, "13", "forky"], indirect=True)
+"""For what fills the table of clients."""
 
 
 @pytest.fixture(scope="module", params=["13", "forky"])
 def gpu_node(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Nodes of this module's own: the name of the stock shim is grit's there, everywhere."""
-    cgroup = {"13": "v1", "forky": "v2"}[request.param]
+    cgroup = "v2" if request.param == "forky" else "v1"
     path = f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}:{ELSEWHERE}"
     env = {**NO_GPU_CHECK, "PATH": path}
     options = {"cgroup": cgroup, "binds": kit_binds(), "env": env}
@@ -131,6 +133,7 @@ def test_leave_running(
     assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
 
 
+@EVERYWHERE
 @pytest.mark.cell("`ctr container checkpoint`, `restore`")
 @pytest.mark.parametrize("runtime", [GRIT, STOCK])
 def test_ctr(gpu_node: Place, start_job: StartJob, runtime: str, engine: str) -> None:
@@ -147,6 +150,7 @@ def test_ctr(gpu_node: Place, start_job: StartJob, runtime: str, engine: str) ->
     go_on(before, job.next_report())
 
 
+@EVERYWHERE
 @pytest.mark.cell("`nerdctl checkpoint create`, `start --checkpoint`")
 @pytest.mark.parametrize("runtime", [GRIT, STOCK])
 def test_create_and_start(

@@ -102,6 +102,18 @@ def damage_missing(copy: Path) -> str:
     return "core-1.img: is missing"
 
 
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """As a change by hand: without the checksum of itself."""
+    del manifest["self_check"], manifest["sha256_of_the_above"]
+    path.write_text(json.dumps(manifest))
+
+
+def damage_manifest_bit(copy: Path) -> str:
+    path = copy / "checkpoint/grit.json"
+    path.write_text(path.read_text().replace('"hostname": "', '"hostname": "x', 1))
+    return "grit.json: does not match the checksum in its last line"
+
+
 def damage_version(copy: Path) -> str:
     path = copy / "checkpoint/grit.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 7', 1))
@@ -137,7 +149,7 @@ def damage_spec(copy: Path) -> str:
 
 DAMAGES = [
     damage_truncate, damage_bit, damage_missing, damage_version, damage_manifest,
-    damage_inventory, damage_image, damage_layer, damage_spec,
+    damage_manifest_bit,    damage_inventory, damage_image, damage_layer, damage_spec,
 ]  # fmt: skip
 
 
@@ -213,7 +225,7 @@ def test_not_here(saved: Node, copy: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["criu"] = "9.9"
     manifest["gpus"] = [{"uuid": "GPU-1", "name": "NVIDIA H100"}]
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     text = gritctl(saved, "verify", OTHER, status=4)
     assert "the images are by 9.9" in text
     assert "it needs 1 GPUs" in text
@@ -227,7 +239,7 @@ def test_diff_names_what_differs(saved: Node, copy: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["hostname"] = "elsewhere"
     manifest["phases"]["dump"] = 99
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     text = gritctl(saved, "diff", SAVED, OTHER)
     assert "elsewhere" in text and "1 min 39 s" in text
     changed = json.loads(gritctl(saved, "diff", "--json", SAVED, OTHER))["changed"]
@@ -252,7 +264,7 @@ def test_prune_by_rule(saved: Node, copy: Path) -> None:
         path = place / str(number) / "checkpoint/grit.json"
         manifest = json.loads(path.read_text())
         manifest["created"] = f"2026-01-0{number + 1}T00:00:00Z"
-        path.write_text(json.dumps(manifest))
+        write_manifest(path, manifest)
     (place / "0/checkpoint/grit.json").write_text("{")
     (place / ".x.grit-partial-0123456789abcdef/checkpoint").mkdir(parents=True)
     words = ["prune", "--keep-last", "1", "/var/tmp/many"]

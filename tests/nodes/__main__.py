@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.nodes import cuda_plugin, installed, roots
+from tests.nodes import agent_packages, apiserver, cuda_plugin, installed, roots
 
 
 def make(name: str) -> None:
@@ -13,7 +13,11 @@ def make(name: str) -> None:
     installed.layer(name)
     if name != "12":
         cuda_plugin.directory(name)
+        agent_packages.directory(name)
 
 
 with ThreadPoolExecutor() as pool:
+    control_plane = pool.submit(apiserver.directory)
     list(pool.map(make, roots.RECIPES))
+    control_plane.result()
+roots.old_containerd()

@@ -217,6 +217,8 @@ def build(order: dict[str, Any], scratch: str) -> None:
         mount("tmpfs", root + directory, "tmpfs", 0, "mode=755")
     for target, source in order["binds"].items():
         bind(source, root + target)
+    for target, source in order["shares"].items():
+        bind(source, root + target, read_only=False)
     socket.sethostname(order["hostname"])
     if order["private_network"]:
         raise_loopback()

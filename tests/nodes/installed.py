@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tests.nodes import cache, cuda_plugin, downloads, roots
 from tests.nodes.node import Node
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = "/usr/src/containerd-shim-grit"
@@ -23,6 +20,8 @@ ENVIRONMENT = "/usr/local/lib/containerd-shim-grit"
 SHIM = "/usr/local/bin/containerd-shim-grit-v1"
 CUDA_PLUGIN = "/usr/local/lib/criu-cuda"
 """Where nodes 13 and forky have `cuda_plugin.so`; node 12's CRIU knows no such plugin."""
+OLD = "1.6"
+"""Debian 12 has containerd 1.6, but no CRIU that starts on current kernels; this node has both."""
 
 # Whatever decides what is installed beside the package's own files.
 _DECIDING = (
@@ -60,15 +59,19 @@ def _make(name: str, draft: Path) -> None:
 
 
 def installed_node(name: str, **options: Any) -> Node:
-    """Node `name` with the shim of this tree installed; `options` are those of `Node`.
+    """Node `name` with the shim of this tree installed; `options` are those of `Node`. OLD is
+    node 13 with containerd 1.6 in it.
 
     Use `refresh` after it stands. CRIU's CUDA plugin is at CUDA_PLUGIN.
     """
+    if name == OLD:
+        layers = [*options.pop("layers", ()), roots.old_containerd()]
+        return installed_node("13", layers=layers, **options)
     binds = dict(options.pop("binds", {}))
     if name != "12":
         binds[CUDA_PLUGIN] = cuda_plugin.directory(name)
-    layers: Iterable[Path] = options.pop("layers", ())
-    return Node(name, layers=[layer(name), *layers], binds=binds, **options)
+    layers = [layer(name), *options.pop("layers", ())]
+    return Node(name, layers=layers, binds=binds, **options)
 
 
 def refresh(node: Node) -> None:

@@ -24,6 +24,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -94,6 +95,7 @@ class Node:
     network: "private" has nothing but a loopback; "host" is for what must download.
     layers: directories laid over the root, the last on top (an installed shim).
     binds: destination in the node -> file or directory of the host, shown read-only.
+    shares: the same, writable: storage that several nodes have in common.
     """
 
     def __init__(
@@ -104,12 +106,14 @@ class Node:
         network: Literal["private", "host"] = "private",
         layers: Sequence[Path] = (),
         binds: Mapping[str, Path] | None = None,
+        shares: Mapping[str, Path] | None = None,
     ) -> None:
         self.name = name
         self.cgroup = cgroup
         self.network = network
         self.layers = tuple(layers)
         self.binds = dict(binds or {})
+        self.shares = dict(shares or {})
         self.identity = f"grit-node-{name}-{uuid.uuid4().hex[:8]}"
         self.pid = 0
         self._hidden_cgroups: list[str] = []  # in trees of the host that the node does not show
@@ -145,6 +149,7 @@ class Node:
             # overlayfs wants the topmost first
             "layers": [str(p) for p in (*reversed(self.layers), roots.root(self.name))],
             "binds": {target: str(source) for target, source in self.binds.items()},
+            "shares": {target: str(source) for target, source in self.shares.items()},
         }
         read_answer, answer = os.pipe()
         leash, self._leash = os.pipe()
@@ -360,10 +365,11 @@ class Node:
         if process.returncode:
             raise NodeError(f"ctr image import {tar}: {stdout}{stderr}")
 
-    @property
+    @cached_property
     def containerd_version(self) -> tuple[int, int]:
-        """(1, 7) and the like: the release line of the node's containerd."""
-        return {"12": (1, 6), "13": (1, 7), "forky": (2, 1)}[self.name]
+        """(1, 7) and the like: the release line of the node's containerd, which says so itself."""
+        major, minor, _ = self.run(["containerd", "--version"]).stdout.split()[2].split(".", 2)
+        return int(major), int(minor)
 
     # --- what is in it --------------------------------------------------------------------
 

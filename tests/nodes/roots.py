@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -69,6 +70,32 @@ def root(name: str) -> Path:
     """The root file system of the node `name`, made now if the cache has none."""
     recipe = RECIPES[name]
     return cache.entry(recipe.path, lambda draft: _make(recipe, draft))
+
+
+def old_containerd() -> Path:
+    """Debian 12's containerd 1.6 and runc, as a layer to lie over root 13: there they find a CRIU
+    that starts on current kernels."""
+    source = RECIPES["12"].path
+    path = cache.directory() / "nodes" / f"{source.name}-containerd-{cache.digest(_OLD)}"
+    return cache.entry(path, _copy_old_containerd)
+
+
+_OLD = (
+    "usr/bin/containerd",
+    "usr/bin/containerd-shim",
+    "usr/bin/containerd-shim-runc-v1",
+    "usr/bin/containerd-shim-runc-v2",
+    "usr/bin/ctr",
+    "usr/sbin/runc",
+)
+"""The programs of its packages containerd and runc; they are linked with nothing that is newer."""
+
+
+def _copy_old_containerd(draft: Path) -> None:
+    source = root("12")
+    for name in _OLD:
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, draft / name)
 
 
 def _make(recipe: Recipe, target: Path) -> None:

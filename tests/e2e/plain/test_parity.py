@@ -130,7 +130,8 @@ def test_logs_to_a_file_and_to_a_program(node: Node) -> None:
         to_file = side.run("sh", "-c", script, flags=["--rm", "--log-uri=file:///tmp/log.file"])
         uri = "--log-uri=binary:///usr/local/bin/logger?key=value"
         to_program = side.run("sh", "-c", script, flags=["--rm", uri])
-        until("the logger's end", node.path("/tmp/log.done").exists)
+        ended = node.path("/tmp/log.done")  # which is there before anything is in it
+        until("the logger's end", lambda: ended.exists() and ended.read_text() == "done\n")
         texts = {path.name: path.read_text() for path in node.path("/tmp").glob("log.*")}
         texts["log.file"] = "".join(sorted(texts["log.file"].splitlines(True)))
         assert texts["log.out"].endswith("line 1999\n")

@@ -25,9 +25,9 @@ PAUSED = 4
 
 
 @contextlib.contextmanager
-def tasks_of(node: Node) -> Iterator[Services]:
+def tasks_of(node: Node, lease: str = "") -> Iterator[Services]:
     """The node's task service, for CRI's namespace."""
-    tasks = Services(node.path(SOCKET), "containerd.proto", NAMESPACE)
+    tasks = Services(node.path(SOCKET), "containerd.proto", NAMESPACE, lease)
     try:
         yield tasks
     finally:
@@ -39,9 +39,20 @@ def checkpoint_pod(
 ) -> None:
     """Every container of the pod, one after the other, into `<directory>/<name>`. GRIT's agent lets
     all run on; those named in `exiting` are to end, as its migration would have it."""
-    with tasks_of(pod.node) as tasks:
-        for name in names or pod.ids:
+    for name in names or pod.ids:
+        with _lease(pod.node) as lease, tasks_of(pod.node, lease) as tasks:
             _checkpoint_container(tasks, pod, name, directory, name in exiting)
+
+
+@contextlib.contextmanager
+def _lease(node: Node) -> Iterator[str]:
+    """What containerd's client holds for each checkpoint. Here all that it held is gone at its end:
+    1.x stores an empty archive, and says "already exists" where it finds an earlier one."""
+    lease = node.ctr("-n", NAMESPACE, "leases", "create").stdout.strip()
+    try:
+        yield lease
+    finally:
+        node.ctr("-n", NAMESPACE, "leases", "rm", "--sync", lease)
 
 
 def _checkpoint_container(

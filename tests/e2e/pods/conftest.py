@@ -15,7 +15,7 @@ import pytest
 from tests.e2e import gpu
 from tests.e2e.pods import kubelet as kubelets
 from tests.e2e.pods.kubelet import Kubelet
-from tests.nodes.installed import installed_node, refresh
+from tests.nodes.installed import OLD, installed_node, refresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +49,15 @@ def kubelet_12() -> Iterator[Kubelet]:
 
 
 @pytest.fixture(scope="session")
+def kubelet_16() -> Iterator[Kubelet]:
+    """containerd 1.6 with CRIU 4.1. It does not heed `runtime_path`: the shims that it starts by
+    the stock shim's name are grit, too."""
+    with kubelet_on(OLD) as kubelet:
+        gpu.grit_as_runc(kubelet.node)
+        yield kubelet
+
+
+@pytest.fixture(scope="session")
 def kubelet_13() -> Iterator[Kubelet]:
     """containerd 1.7, CRIU 4.1."""
     with kubelet_on("13") as kubelet:
@@ -63,7 +72,7 @@ def kubelet_forky() -> Iterator[Kubelet]:
 
 
 def _any(request: pytest.FixtureRequest) -> Kubelet:
-    kubelet: Kubelet = request.getfixturevalue(f"kubelet_{request.param}")
+    kubelet: Kubelet = request.getfixturevalue(f"kubelet_{request.param.replace('.', '')}")
     return kubelet
 
 

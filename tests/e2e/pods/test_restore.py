@@ -12,6 +12,7 @@ from tests.e2e import gpu
 from tests.e2e.pods import agent
 from tests.e2e.pods import kubelet as kubelets
 from tests.e2e.pods.services import ServiceError
+from tests.nodes.installed import OLD
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def unbroken(pod: Pod, name: str = "main") -> None:
 
 
 @pytest.mark.cell("GRIT's agent, and restore by annotation")
+@pytest.mark.parametrize("kubelet", [OLD, "13", "forky"], indirect=True)
 @pytest.mark.parametrize("handler", ["grit", "grit-as-runc"])
 def test_agent_unpatched(
     kubelet: Kubelet, pod: MakePod, directory: str, engine: str, handler: str

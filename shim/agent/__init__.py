@@ -1,0 +1,31 @@
+"""The node agent: what Checkpoint resources (`kaito.sh/v1alpha1`) ask for is done on this node.
+
+    python -m shim.agent [--config FILE] [--node NAME] [--address SOCKET] [--kubeconfig FILE]
+
+One runs on each node (a DaemonSet), as root, with containerd's socket, the stores and
+/run/containerd/grit mounted. It needs the extra `agent` (`pip install containerd-shim-grit[agent]`)
+and list, watch, get, update, delete of checkpoints and update of checkpoints/status in the group
+kaito.sh; no other right, and no access to pods: those are found in containerd's own records.
+
+    --node        what the node is called in status.nodeName; NODE_NAME, else the host name
+    --address     containerd's socket; CONTAINERD_ADDRESS
+    --kubeconfig  KUBECONFIG; without it the pod's service account
+    --config      TOML, GRIT_AGENT_CONFIG, else /etc/grit/agent.toml where there is one:
+
+        root = "/mnt/grit-agent"     # for a Checkpoint without volumeClaim: this node's directory
+        workers = 4                  # checkpoints at the same time
+        lease_seconds = 30           # unless renewed, others take the agent for dead
+        pod_wait_seconds = 60        # before a Checkpoint whose pod runs nowhere fails
+        orphan_seconds = 300         # before a deleted Checkpoint goes without its node's agent
+        [stores]
+        shared = "/mnt/shared"       # for volumeClaim.claimName "shared"; on all nodes the same
+
+A Checkpoint goes Created, Pending (an agent has its pod and holds the claim in status.holder),
+Checkpointing, Checkpointed or Failed; the condition `Checkpointed` says why. The pod is saved whole
+with the code of `gritctl checkpoint`, into `<store>/<namespace>/<name>/`.
+
+An agent that was killed and comes back resumes what it had paused and begins again, three times at
+most; one that does not come back is failed by another when its claim has run out. A finalizer has
+the files removed with the resource. `spec.ttlSecondsAfterFinished`, or the annotation
+`grit.dev/ttl-seconds-after-finished`, deletes it some time after it has finished.
+"""

@@ -1,0 +1,153 @@
+"""The API server as the agent sees it: Checkpoint resources, each a dict as it is on the wire.
+
+By the official client library, which knows service accounts, kubeconfigs and token renewal. Only
+its calls for custom resources are used, so a server that has nothing else will do.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Object = dict[str, Any]
+
+GROUP, VERSION = "kaito.sh", "v1alpha1"
+_CALL_SECONDS = 10
+
+
+class ApiError(Exception):
+    """The API server did not answer, or with an error. Nothing is known to have changed."""
+
+
+class Conflict(ApiError):
+    """Somebody has changed the resource meanwhile; nothing was written."""
+
+
+class Unanswered(ApiError):
+    """The API server is away, or takes too long."""
+
+
+class Api:
+    """The resources of one kind, by its `plural`, in all namespaces. All raise ApiError."""
+
+    def __init__(self, plural: str, kubeconfig: str | None) -> None:
+        from kubernetes import client, config
+
+        try:
+            if kubeconfig:
+                config.load_kube_config(kubeconfig)
+            else:
+                config.load_incluster_config()
+        except config.ConfigException as error:
+            raise ApiError(
+                f"no way to the API server: {error}. In a pod a service account is needed, "
+                "elsewhere --kubeconfig"
+            ) from error
+        self._calls = client.CustomObjectsApi()
+        self._plural = plural
+
+    def list(self) -> tuple[list[Object], str]:
+        """All, and the resourceVersion to `wait` from."""
+        found = _asked(
+            lambda: self._calls.list_cluster_custom_object(
+                GROUP, VERSION, self._plural, _request_timeout=_CALL_SECONDS
+            )
+        )
+        return found["items"], found["metadata"]["resourceVersion"]
+
+    def wait(self, version: str, seconds: float) -> None:
+        """Until something has changed since `version`, at most `seconds`."""
+        from kubernetes import watch
+
+        def first() -> None:
+            watcher = watch.Watch()
+            for _ in watcher.stream(
+                self._calls.list_cluster_custom_object,
+                GROUP,
+                VERSION,
+                self._plural,
+                resource_version=version,
+                timeout_seconds=max(1, round(seconds)),
+                _request_timeout=seconds + _CALL_SECONDS,
+            ):
+                watcher.stop()
+                return
+
+        _asked(first)
+
+    def get(self, namespace: str, name: str) -> Object | None:
+        return _or_gone(
+            lambda: self._calls.get_namespaced_custom_object(
+                GROUP, VERSION, namespace, self._plural, name, _request_timeout=_CALL_SECONDS
+            )
+        )
+
+    def put(self, one: Object) -> Object | None:
+        """Writes everything but the status, unless somebody was faster (Conflict); None if the
+        resource has gone."""
+        return self._put(self._calls.replace_namespaced_custom_object, one)
+
+    def put_status(self, one: Object) -> Object | None:
+        """As `put`, but writes only the status."""
+        return self._put(self._calls.replace_namespaced_custom_object_status, one)
+
+    def delete(self, one: Object) -> None:
+        """Deletes this very resource, not a later one of the same name."""
+        from kubernetes import client
+
+        meta = one["metadata"]
+        only = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=meta["uid"]))
+        _or_gone(
+            lambda: self._calls.delete_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                meta["namespace"],
+                self._plural,
+                meta["name"],
+                body=only,
+                _request_timeout=_CALL_SECONDS,
+            )
+        )
+
+    def _put(self, call: Callable[..., Any], one: Object) -> Object | None:
+        meta = one["metadata"]
+        return _or_gone(
+            lambda: call(
+                GROUP,
+                VERSION,
+                meta["namespace"],
+                self._plural,
+                meta["name"],
+                one,
+                _request_timeout=_CALL_SECONDS,
+            )
+        )
+
+
+class _Gone(ApiError):
+    pass
+
+
+def _or_gone(call: Callable[[], Any]) -> Object | None:
+    try:
+        found: Object = _asked(call)
+    except _Gone:
+        return None
+    return found
+
+
+def _asked(call: Callable[[], Any]) -> Any:
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        return call()
+    except ApiException as error:
+        told = f"the API server answered {error.status} {error.reason}: {error.body or ''}".strip()
+        if error.status == 404:
+            raise _Gone(told) from error
+        raise (Conflict if error.status == 409 else ApiError)(told) from error
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: an answer cut off
+        raise Unanswered(f"the API server does not answer: {error}") from error

@@ -1,0 +1,109 @@
+"""The client against a server that speaks HTTP: what it asks for, and what it makes of answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from shim.agent.api import Api, ApiError, Conflict
+
+ONE = {"metadata": {"namespace": "ns", "name": "one", "uid": "u1", "resourceVersion": "5"}}
+ALL = "/apis/kaito.sh/v1alpha1/checkpoints"
+PATH = "/apis/kaito.sh/v1alpha1/namespaces/ns/checkpoints/one"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        size = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(size)) if size else None
+        path, _, query = self.path.partition("?")
+        self.server.asked.append((self.command, path, query, body))
+        status, answer = self.server.answer
+        data = json.dumps(answer).encode() + b"\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_PUT = do_DELETE = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
+        one.asked, one.answer = [], (200, ONE)
+        threading.Thread(target=one.serve_forever, args=(0.01,), daemon=True).start()
+        yield one
+        one.shutdown()
+
+
+@pytest.fixture
+def api(server, tmp_path):
+    pytest.importorskip("kubernetes")
+    config = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [
+            {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        ],
+        "users": [{"name": "u", "user": {}}],
+    }
+    (tmp_path / "config").write_text(json.dumps(config))
+    return Api("checkpoints", str(tmp_path / "config"))
+
+
+def test_all_and_then_what_changes(api, server):
+    server.answer = (200, {"items": [ONE], "metadata": {"resourceVersion": "9"}})
+    assert api.list() == ([ONE], "9")
+    server.answer = (200, {"type": "ADDED", "object": ONE})
+    api.wait("9", 3)
+    (_, first, _, _), (_, then, query, _) = server.asked
+    assert (first, then) == (ALL, ALL)
+    assert {"watch=true", "resourceversion=9", "timeoutseconds=3"} <= set(query.lower().split("&"))
+
+
+def test_writes_carry_the_version(api, server):
+    assert api.put_status(ONE) == ONE
+    assert api.put(ONE) == ONE
+    assert server.asked == [("PUT", f"{PATH}/status", "", ONE), ("PUT", PATH, "", ONE)]
+
+
+def test_only_this_very_one_is_deleted(api, server):
+    api.delete(ONE)
+    ((method, path, _, body),) = server.asked
+    assert (method, path, body) == ("DELETE", PATH, {"preconditions": {"uid": "u1"}})
+
+
+def test_gone_and_overtaken(api, server):
+    server.answer = (404, {"reason": "NotFound"})
+    assert api.get("ns", "one") is None
+    assert api.put_status(ONE) is None
+    api.delete(ONE)
+    server.answer = (409, {"reason": "Conflict"})
+    with pytest.raises(Conflict):
+        api.put(ONE)
+
+
+def test_errors_are_told(api, server):
+    server.answer = (403, {"message": "not yours"})
+    with pytest.raises(ApiError, match=r"answered 403 .*not yours"):
+        api.list()
+    server.answer = (
+        200,
+        {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": ""}},
+    )
+    with pytest.raises(ApiError, match="410"):
+        api.wait("1", 3)
+
+
+def test_without_any_server(tmp_path):
+    pytest.importorskip("kubernetes")
+    with pytest.raises(ApiError, match="no way to the API server"):
+        Api("checkpoints", str(tmp_path / "none"))

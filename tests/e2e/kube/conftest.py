@@ -1,0 +1,29 @@
+"""A control plane for the session; its nodes are made by those who need them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.kube.control_plane import ControlPlane
+from tests.nodes.installed import REPOSITORY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def plane() -> Iterator[ControlPlane]:
+    with ControlPlane() as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def resources(plane: ControlPlane) -> ControlPlane:
+    """The control plane, with the resources that are packaged."""
+    for path in sorted((REPOSITORY / "packaging/kubernetes/crds").glob("*.yaml")):
+        plane.apply(path.read_text())
+    for name in ("checkpoints", "restores"):
+        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}.kaito.sh")
+    return plane
