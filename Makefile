@@ -66,7 +66,7 @@ gpu-test:  ## on a machine with an NVIDIA GPU and PyTorch, with the kit: the tes
 demo: nodes  ## a GPU container checkpointed and restored before your eyes
 	$(PY) -m tests.demo
 
-bench: nodes  ## start-up, latency and memory beside the stock shim
+bench: nodes  ## beside the stock shim and runc, some 20 minutes; writes into docs/
 	$(PY) -m tests.bench
 
 proto: venv  ## check that the shim's messages are in step with proto/

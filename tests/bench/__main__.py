@@ -38,7 +38,7 @@ def _options() -> argparse.Namespace:
     sizes: dict[str, Any] = {"nargs": "*", "metavar": "GIB"}
     parser.add_argument("--nodes", nargs="*", default=["13", "forky"], help="for the shim's weight")
     parser.add_argument("--rounds", type=int, default=25, help="of each kind but calls")
-    parser.add_argument("--calls", type=int, default=3000, help="State calls of each kind")
+    parser.add_argument("--calls", type=int, default=1000, help="State calls of each kind")
     parser.add_argument("--sizes", default=["0.1", "1", "4"], help="of plain memory", **sizes)
     parser.add_argument("--gpu-sizes", default=["1", "4", "16"], help="of a GPU's", **sizes)
     parser.add_argument("--dumps", type=int, help="rounds of checkpoints of whatever size")

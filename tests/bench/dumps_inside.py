@@ -86,7 +86,7 @@ def one_round(side: Runc | Shim) -> dict[str, Any]:
 def seconds(act: Callable[[], object]) -> float:
     began = time.perf_counter()
     act()
-    return time.perf_counter() - began
+    return round(time.perf_counter() - began, 6)
 
 
 def until(what: str, probe: Callable[[], object]) -> None:

@@ -5,6 +5,7 @@ and the plot. All of it is made of the JSON alone: `python -m tests.bench --from
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,10 @@ PANELS = {
 
 def write(results: dict[str, Any], docs: Path) -> None:
     """Puts the results and what is made of them into the directory `docs`."""
-    (docs / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    text = json.dumps(results, indent=1)
+    # A list of numbers is one line.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    (docs / RESULTS).write_text(text + "\n")
     plot = _plot(results)
     if plot:
         (docs / PLOT).write_text(plot)

@@ -59,7 +59,7 @@ def order(number: int) -> list[str]:
 
 
 def note(samples: Samples, figure: str, runtime: str, value: float) -> None:
-    samples.setdefault(figure, {}).setdefault(runtime, []).append(value)
+    samples.setdefault(figure, {}).setdefault(runtime, []).append(round(value, 6))
 
 
 def ctr(*words: str) -> None:
