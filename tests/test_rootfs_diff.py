@@ -474,6 +474,8 @@ def huge_extended_header() -> bytes:
         (b"\x28\xb5\x2f\xfd" + b"\xff" * 100, "zstd decompress"),
         (huge_extended_header(), "has an extended header of 1099511627776 bytes"),
     ],
+    # Their own would hold gzip's time of writing, another one in each of several processes.
+    ids=lambda value: value if isinstance(value, str) else "layer",
 )
 def test_damaged_archives_are_refused(place: Place, layer: bytes, message: str) -> None:
     place.refuses(message, layer)
