@@ -21,7 +21,8 @@ served() { # whether a living daemon, or none any more, answers for the bundle w
     done <"$group/processes"
     [ -n "$daemon" ] && read -r stat <"/proc/$daemon/stat" || return 1
     set -- ${stat##*) } # what follows the program's name: state, parent, ...
-    [ "$1" != Z ] && [ "$1" != X ] && [ "${20}" = "$started" ]
+    # PF_EXITING: one that is killed closes its sockets, for which we are called, before it is a zombie.
+    [ "$1" != Z ] && [ "$1" != X ] && [ $(($7 & 4)) = 0 ] && [ "${20}" = "$started" ]
 }
 
 stock= action=

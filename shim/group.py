@@ -84,12 +84,24 @@ def record_process(group: str, name: str, pid: int) -> None:
 
 
 def living_process(group: str, name: str) -> int:
-    """The pid of a recorded process that is still the same process, else 0."""
+    """The pid of a recorded process that is still the same process and not about to end, else 0.
+
+    One that was killed closes its sockets, and is missed for it, before it is a zombie."""
     for line in reversed(_read(os.path.join(group, "processes")).splitlines()):
         who, pid, started = line.split()
         if who == name:
-            return int(pid) if start_time(int(pid)) == int(started) else 0
+            same = start_time(int(pid)) == int(started)
+            return int(pid) if same and not _exiting(int(pid)) else 0
     return 0
+
+
+def _exiting(pid: int) -> bool:
+    """PF_EXITING among its flags (proc(5), field 9; linux/sched.h)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return bool(int(file.read().rpartition(b")")[2].split()[6]) & 4)
+    except OSError:
+        return True
 
 
 def start_time(pid: int) -> int:
