@@ -18,6 +18,9 @@ import os
 
 from shim import lean_json
 
+_ENDED = (b"Z", b"X")  # states of proc(5): waits to be reaped, is being reaped
+_PF_EXITING = 4  # of its flags: linux/sched.h
+
 
 def lock(group: str) -> int:
     """Makes the directory if need be and locks it against other processes until the descriptor
@@ -90,29 +93,28 @@ def living_process(group: str, name: str) -> int:
     for line in reversed(_read(os.path.join(group, "processes")).splitlines()):
         who, pid, started = line.split()
         if who == name:
-            same = start_time(int(pid)) == int(started)
-            return int(pid) if same and not _exiting(int(pid)) else 0
+            fields = _stat(int(pid))
+            if not fields or fields[0] in _ENDED or int(fields[6]) & _PF_EXITING:
+                return 0
+            return int(pid) if fields[19] == started.encode() else 0
     return 0
-
-
-def _exiting(pid: int) -> bool:
-    """PF_EXITING among its flags (proc(5), field 9; linux/sched.h)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return bool(int(file.read().rpartition(b")")[2].split()[6]) & 4)
-    except OSError:
-        return True
 
 
 def start_time(pid: int) -> int:
     """Clock ticks from boot to the start of a process (proc(5), field 22); 0 if it is gone
     or has ended and waits to be reaped."""
+    fields = _stat(pid)
+    return 0 if not fields or fields[0] in _ENDED else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What follows a process's name in proc(5)'s stat, from field 3, its state, on; empty if it is
+    gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+            return file.read().rpartition(b")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+        return []
 
 
 def add_task(group: str, container_id: str, bundle: str) -> None:

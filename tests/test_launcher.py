@@ -102,6 +102,27 @@ def test_delete_after_the_daemon_was_killed_is_ours(place: Place) -> None:
     ended.wait()
 
 
+def test_delete_while_the_daemon_is_being_killed_is_ours(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has closed its sockets, and is no zombie yet."""
+    pid, started = os.getpid(), group.start_time(os.getpid())
+    place.serve("address", pid, started)
+    alive = Path(f"/proc/{pid}/stat").read_text()
+    before, _, after = alive.rpartition(") ")
+    fields = after.split()
+    fields[6] = str(int(fields[6]) | 4)
+    proc = place.bundle.parent / "proc"
+    (proc / str(pid)).mkdir(parents=True)
+    place.launcher.write_text(place.launcher.read_text().replace("/proc/", f"{proc}/"))
+    for stat, who in ((alive, "stock"), (f"{before}) {' '.join(fields)}\n", "python")):
+        (proc / str(pid) / "stat").write_text(stat)
+        assert place.call("delete")[0] == who
+    assert group.living_process(str(place.group), "outer") == pid
+    monkeypatch.setattr(group, "_stat", lambda pid: [field.encode() for field in fields])
+    assert group.living_process(str(place.group), "outer") == 0
+
+
 def test_delete_that_cannot_be_judged_is_ours(place: Place) -> None:
     assert place.call("delete")[0] == "python"  # no address
     (place.bundle / "address").write_text("unix:///run/elsewhere")
