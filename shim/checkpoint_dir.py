@@ -46,6 +46,7 @@ __all__ = [
     "is_downloaded",
     "load",
     "remove",
+    "remove_abandoned",
     "rootfs_diff",
     "untrusted",
     "verify",
@@ -117,9 +118,9 @@ class Draft:
             )
         exists = os.path.lexists(final)
         if exists:
-            _remove_abandoned(final, "")
+            remove_abandoned(final, "")
             _must_be_empty(final)
-        _remove_abandoned(parent, base)
+        remove_abandoned(parent, base)
         where = parent
         try:
             if not (exists and _is_mount_point(final)):
@@ -703,8 +704,10 @@ def _is_partial(name: str, base: str) -> bool:
     )
 
 
-def _remove_abandoned(directory: str, base: str) -> None:
-    """Removes drafts whose owner is dead: of our user, under our names, with a free lock."""
+def remove_abandoned(directory: str, base: str) -> None:
+    """Removes the drafts in `directory` for a checkpoint named `base` ("" for one that is written
+    within it) whose owner is dead: of our user, under our names, with a free lock. What cannot be
+    removed is left."""
     try:
         names = [name for name in os.listdir(directory) if _is_partial(name, base)]
     except OSError:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
 import threading
 import time
 
@@ -452,11 +451,7 @@ def _remove(directory: str) -> None:
     """Removes a checkpoint and what killed agents have left of it. Raises CheckpointDirError."""
     if os.path.isdir(directory):
         checkpoint_dir.remove(directory)
-    parent, base = os.path.split(directory)
-    if os.path.isdir(parent):
-        for draft in checkpoint_dir.abandoned(parent):
-            if os.path.basename(draft).startswith(f".{base}.grit-partial-"):
-                shutil.rmtree(draft, ignore_errors=True)
+    checkpoint_dir.remove_abandoned(*os.path.split(directory))
 
 
 def _set(one: Object, phase: str, reason: str, text: str) -> None:

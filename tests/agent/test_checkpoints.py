@@ -351,6 +351,17 @@ def test_deleted_with_its_files(server, tmp_path):
     assert os.listdir(tmp_path / "default") == []
 
 
+def test_deleted_with_the_drafts_of_killed_agents(server, tmp_path):
+    agent = Agent(server, tmp_path, Pods())
+    agent.settle()
+    own, other = (tmp_path / f"default/.{name}.grit-partial-{'0' * 16}" for name in ("one", "two"))
+    for draft in (own, other):
+        draft.mkdir()
+    server.mark_deleted()
+    agent.settle()
+    assert os.listdir(tmp_path / "default") == [other.name]
+
+
 def test_a_path_in_the_status_that_is_no_store_is_left_alone(server, tmp_path):
     agent = Agent(server, tmp_path / "store", Pods())
     agent.settle()
