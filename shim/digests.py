@@ -12,9 +12,17 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from typing import Protocol
+
+    class Hash(Protocol):
+        def update(self, data: bytes | memoryview, /) -> None: ...
+        def digest(self) -> bytes: ...
+
 
 BLOCK = 64 << 20
 """Bytes. Part of the format of `grit.json`: another value is another digest."""
+
+SHA256, XXH3 = "sha256", "xxh3"
 
 _READ = 1 << 20
 _THREADS = 16
@@ -55,9 +63,9 @@ def take(
     return {name: failures.get(name) or _whole(parts) for name, parts in blocks.items()}
 
 
-def in_threads(jobs: list[Callable[[], None]]) -> None:
-    """Does all jobs, in this order, several at a time; raises what the first failure raised, and
-    then leaves out what was not begun.
+def in_threads(jobs: list[Callable[[], None]], threads: int = 0) -> None:
+    """Does all jobs, in this order, `threads` at a time, or as many as there are processors; raises
+    what the first failure raised, and then leaves out what was not begun.
 
     (concurrent.futures would do, and import `logging` into the daemon.)
     """
@@ -77,20 +85,55 @@ def in_threads(jobs: list[Callable[[], None]]) -> None:
             except BaseException as error:
                 failures.append(error)
 
-    workers = min(len(jobs), len(os.sched_getaffinity(0)), _THREADS)
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
-    for thread in threads:
+    workers = min(len(jobs), threads or min(len(os.sched_getaffinity(0)), _THREADS))
+    running = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
+    for thread in running:
         thread.start()
-    for thread in threads:
+    for thread in running:
         thread.join()
     if failures:
         raise failures[0]
 
 
-def _whole(parts: list[bytes]) -> str:
+def new(algorithm: str) -> Hash:
+    """A digest to be fed, by the name of its algorithm: sha256, or xxh3 (XXH3's 128 bits). Both
+    let other threads run while they compute. Raises ImportError where there is no xxhash."""
+    if algorithm == XXH3:
+        import xxhash
+
+        return xxhash.xxh3_128()
     import hashlib
 
-    return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
+    return hashlib.sha256()
+
+
+class Stream:
+    """The digest of a file, as `take` has it, from its contents as they come."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm = algorithm
+        self._block, self._room = new(algorithm), BLOCK
+        self._done: list[bytes] = []
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            if not self._room:
+                self._done.append(self._block.digest())
+                self._block, self._room = new(self._algorithm), BLOCK
+            part, data = data[: self._room], data[self._room :]
+            self._block.update(part)
+            self._room -= len(part)
+
+    def hexdigest(self) -> str:
+        return _whole([*self._done, self._block.digest()], self._algorithm)
+
+
+def _whole(parts: list[bytes], algorithm: str = SHA256) -> str:
+    if len(parts) == 1:
+        return parts[0].hex()
+    whole = new(algorithm)
+    whole.update(b"".join(parts))
+    return whole.digest().hex()
 
 
 def of_block(path: str, start: int, end: int) -> bytes:

@@ -1,5 +1,5 @@
 """The C declarations of the library calls that we use, NVIDIA's and the system's, and the generator
-of `_libcuda.py`, `_libnvml.py` and `_ptrace.py` from them.
+of `_libcuda.py`, `_libnvml.py`, `_ptrace.py` and `_memory.py` from them.
 
 Run `python -m shim.cuda.declarations` after a change; a test checks that they are in step. They
 are compiled ahead of time because parsing C at run time costs 40 ms, more than all the rest of a
@@ -65,7 +65,23 @@ typedef struct { void *base; size_t size; } io_vector;
 long ptrace(long request, int pid, void *address, void *data);
 """
 
-MODULES = {"_libcuda": CUDA, "_libnvml": NVML, "_ptrace": PTRACE}
+# linux/uio.h; process_vm_readv(2), sync_file_range(2). A process's address is a number here: it is
+# none of ours.
+MEMORY = """
+typedef struct { void *base; size_t size; } our_span;
+typedef struct { uintptr_t base; size_t size; } their_span;
+
+ssize_t process_vm_readv(
+    int pid, our_span *ours, unsigned long count, their_span *theirs, unsigned long their_count,
+    unsigned long flags);
+ssize_t process_vm_writev(
+    int pid, our_span *ours, unsigned long count, their_span *theirs, unsigned long their_count,
+    unsigned long flags);
+int memcmp(const void *one, const void *other, size_t size);
+int sync_file_range(int fd, int64_t offset, int64_t size, unsigned int flags);
+"""
+
+MODULES = {"_libcuda": CUDA, "_libnvml": NVML, "_ptrace": PTRACE, "_memory": MEMORY}
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 HEADER = """# Made by shim/cuda/declarations.py; do not edit.
 # ruff: noqa

@@ -13,8 +13,13 @@ import socket
 import threading
 
 from shim.cuda import states
-from shim.cuda.errors import CallAbandoned, HelperDied, LibraryError
+from shim.cuda.errors import CallAbandoned, HelperDied, LaneError, LibraryError
+from shim.cuda.shards import Shard
 from shim.cuda.survey import Survey
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 START_SECONDS = 20.0  # for the helper to start and load libcuda (0.1 s on an idle machine)
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -23,6 +28,9 @@ _PROGRAM = (
     "from shim.cuda.helper import main; main(*sys.argv[2:])"
 )
 _LARGEST_MESSAGE = 65536
+_CALLS, _LANES = "calls", "lanes"  # what a helper is for
+_KILL_SECONDS = 10.0  # for a killed helper to be gone: it may have to leave a disk first
+_DROP_SECONDS = 15.0  # for the last call of a drop, and the thread's stop before the first
 
 
 class Library:
@@ -63,7 +71,9 @@ class Driver:
     def __init__(self, python: str, library: str = "", nvidia_command: str = "") -> None:
         self._arguments = (python, library, nvidia_command)
         self._guard = threading.Lock()
-        self._helper: _Helper | None = None
+        self._helpers: dict[str, _Helper] = {}
+        """One for driver calls, and one for lanes: that is killed where a move takes too long, and
+        no driver call may end with it."""
 
     def library(self) -> Library:
         """What the calls go to. Raises LibraryError where there is none, HelperDied or
@@ -99,24 +109,116 @@ class Driver:
         answer = self.call("survey", 0, timeout=timeout, argument=argument)
         return Survey.decode(answer.name) if answer.ok else Survey(unknown=answer.name)
 
+    def lane_write(
+        self,
+        pid: int,
+        start: int,
+        end: int,
+        directory: str,
+        prefix: str,
+        *,
+        threads: int,
+        direct: bool,
+        algorithm: str,
+        timeout: float,
+    ) -> list[Shard]:
+        """lane.write in a helper, within `timeout` seconds of it being up. The process must not
+        write there meanwhile.
+
+        Raises LaneError where it failed; no file is left then. CallAbandoned where it took too
+        long, HelperDied where the helper went away: it has ended, and its files are left to
+        whoever removes the draft. LibraryError and HelperDied where the helper does not start."""
+        given = {
+            "start": start,
+            "end": end,
+            "directory": directory,
+            "prefix": prefix,
+            "threads": threads,
+            "direct": direct,
+            "algorithm": algorithm,
+        }
+        import json
+
+        made = self._move("lane_write", pid, given, timeout)
+        return [Shard(*plain) for plain in json.loads(made)]
+
+    def lane_fill(
+        self,
+        pid: int,
+        start: int,
+        directory: str,
+        shards: list[Shard],
+        *,
+        threads: int,
+        fresh: bool,
+        algorithm: str,
+        timeout: float,
+    ) -> None:
+        """lane.fill in a helper, within `timeout` seconds of it being up. `shards` are all of a
+        range's, in order.
+
+        Raises as lane_write does. Whatever it raises, the process must not run before a fill that
+        raised nothing; nothing is still written to it, unless the text of CallAbandoned says so."""
+        given = {
+            "start": start,
+            "directory": directory,
+            "shards": [shard.plain() for shard in shards],
+            "threads": threads,
+            "fresh": fresh,
+            "algorithm": algorithm,
+        }
+        self._move("lane_fill", pid, given, timeout)
+
+    def lane_drop(self, tid: int, start: int, end: int, *, timeout: float) -> None:
+        """lane.drop in a helper, which begins nothing after `timeout` seconds.
+
+        Raises LaneError where it failed, or was not done in time: its text says how much is left.
+        CallAbandoned and HelperDied as lane_write does: how much is left is not known then, and
+        the process may be spoiled, if it was in the middle of the call."""
+        given = {"start": start, "end": end, "seconds": timeout}
+        self._move("lane_drop", tid, given, timeout + _DROP_SECONDS)
+
     def close(self) -> None:
-        """Lets the helper go; calls under way fail with HelperDied. A later call starts anew."""
+        """Lets the helpers go; calls under way fail with HelperDied. A later call starts anew."""
         with self._guard:
-            helper, self._helper = self._helper, None
-        if helper is not None:
+            helpers, self._helpers = self._helpers, {}
+        for helper in helpers.values():
             helper.kill()
 
-    def _current(self) -> _Helper:
-        with self._guard:
-            if self._helper is None or self._helper.useless:
-                self._helper = _Helper(*self._arguments)
-            return self._helper
+    def _move(self, action: str, pid: int, given: dict[str, Any], timeout: float) -> str:
+        """What it found. No move goes on behind the back of a shim that has given it up: the helper
+        is killed, and with it what else moves just then."""
+        import json
 
-    def _send(self, action: str, pid: int, argument: str) -> tuple[_Helper, _Call]:
+        helper, call = self._send(action, pid, json.dumps(given), _LANES)
+        what = f"pid {pid}: the {action} of {given['start']:x}"
+        if not call.came_back.wait(timeout):
+            helper.kill()
+            ended = "killed" if helper.gone.wait(_KILL_SECONDS) else "killed but is STILL THERE"
+            raise CallAbandoned(
+                f"{what} did not come back within {timeout:.1f} s; its helper (pid {helper.pid}) "
+                f"was {ended}"
+            )
+        if call.answer is None:
+            raise HelperDied(f"{what}: its helper (pid {helper.pid}) was killed or crashed")
+        if not call.answer.ok:
+            raise LaneError(call.answer.name)
+        return call.answer.name
+
+    def _current(self, kind: str = _CALLS) -> _Helper:
+        with self._guard:
+            helper = self._helpers.get(kind)
+            if helper is None or helper.useless:
+                helper = self._helpers[kind] = _Helper(*self._arguments)
+            return helper
+
+    def _send(
+        self, action: str, pid: int, argument: str, kind: str = _CALLS
+    ) -> tuple[_Helper, _Call]:
         """A helper may be given up, or die, between being picked and getting the call: then a
         fresh one gets it."""
         for _ in range(2):
-            helper = self._current()
+            helper = self._current(kind)
             helper.wait_until_ready()
             call = helper.send(action, pid, argument)
             if call is not None:
@@ -129,8 +231,8 @@ class Driver:
     def _retire(self, helper: _Helper, call: _Call) -> None:
         """No further call goes to a helper with a hung one; others under way in it may end."""
         with self._guard:
-            if self._helper is helper:
-                self._helper = None
+            if self._helpers.get(_CALLS) is helper:
+                del self._helpers[_CALLS]
         helper.abandon(call)
 
 
@@ -155,6 +257,8 @@ class _Helper:
         self._why_broken = ""
         self.useless = False  # died, or is given up because a call hangs in it
         self._ended = False
+        self.gone = threading.Event()
+        """The process has ended: none of its threads does anything any more."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self.pid = _spawn(python, [_ROOT, library, nvidia_command], theirs)
@@ -261,6 +365,7 @@ class _Helper:
         except ChildProcessError:  # somebody else reaped it
             ending = "unknown exit status"
         self._why_broken = self._why_broken or ending
+        self.gone.set()
         self._ready.set()
 
 

@@ -26,3 +26,7 @@ class HelperDied(CudaError):
 class CallAbandoned(CudaError):
     """A driver call did not come back in time and is no longer waited for. The driver may still
     carry it out later."""
+
+
+class LaneError(CudaError):
+    """Memory could not be moved between a process and files."""

@@ -7,7 +7,7 @@ message a packet, fields separated by tabs, times in seconds of CLOCK_MONOTONIC:
     helper: ready <libcuda> <CUDA version> <missing calls, comma-separated>
             or: none <why there is no libcuda>   or: broken <what is wrong with the helper>
     shim:   <id> <action> <pid> <argument>
-    helper: <id> <CUresult> <its name, or why, or a survey> <value> <started> <ended>
+    helper: <id> <CUresult> <its name, or why, or what it found> <value> <started> <ended>
 
 Leaves at once when the shim closes the socket, whatever is under way. Never started by hand.
 """
@@ -64,6 +64,8 @@ def _answer(
         elif action == "shed":
             _shed(int(pid), argument)
             code, value, name = states.SUCCESS, 0, ""
+        elif action.startswith("lane_"):
+            code, value, name = states.SUCCESS, 0, _move(action, int(pid), argument)
         else:
             code, value = _perform(backend, action, int(pid), argument)
             name = cuda.error_name(code)
@@ -88,6 +90,27 @@ def _shed(pid: int, what: str) -> None:
     from shim.cuda.shed import shed
 
     shed(pid, Inheritance.decode(what))
+
+
+def _move(action: str, pid: int, argument: str) -> str:
+    """Arguments and what comes back are JSON: the shards, if files were written."""
+    import json
+
+    from shim.cuda import lane
+    from shim.cuda.shards import Shard
+
+    given = json.loads(argument)
+    match action:
+        case "lane_write":
+            made = lane.write(pid, **given)
+            return json.dumps([shard.plain() for shard in made], separators=(",", ":"))
+        case "lane_fill":
+            lane.fill(pid, **{**given, "shards": [Shard(*plain) for plain in given["shards"]]})
+        case "lane_drop":
+            lane.drop(pid, **given)
+        case _:
+            raise LibraryError(f"no such action: {action!r}")
+    return ""
 
 
 def _perform(

@@ -66,7 +66,8 @@ class Injected:
 
 @contextmanager
 def stopped(pid: int) -> Iterator[Injected]:
-    """The process, stopped at its main thread as long as this lasts. Raises InjectionError."""
+    """The process, stopped at its main thread as long as this lasts, or at the thread that `pid`
+    is; its other threads go on. Raises InjectionError."""
     if platform.machine() != "x86_64":
         raise InjectionError(f"not done on {platform.machine()}")
     libc: Any = ffi.dlopen(None)

@@ -395,7 +395,7 @@ def test_a_helper_killed_in_the_middle_is_an_error_and_a_new_one_undoes(
     def kill_helper() -> None:
         other = Driver(*driver._arguments)
         until(lambda: state_of(other, good.pid) == states.CHECKPOINTED)
-        ours = {pid for pid in helpers() if pid != other._helper.pid}  # type: ignore[union-attr]
+        ours = {pid for pid in helpers() if pid != other._helpers["calls"].pid}
         for pid in ours:
             os.kill(pid, signal.SIGKILL)
         other.close()

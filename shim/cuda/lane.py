@@ -1,0 +1,346 @@
+"""Moves a range of another process's memory to files and back, many threads at a time. For the
+helper process only.
+
+What CRIU does with one thread and one file, by the system calls that need no ptrace: reading and
+writing go on while the process is stopped, frozen or not. A file is one thread's from its first
+byte to its last: threads that share a file wait for its inode. No thread holds the interpreter's
+lock while it copies, compares, writes or digests.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shim import digests
+from shim.cuda._memory import ffi
+from shim.cuda.errors import LaneError
+from shim.cuda.inject import InjectionError, stopped
+from shim.cuda.shards import Shard, cut
+
+_CHUNK = 4 << 20  # bytes moved at a time: a huge page or more, and it fits into a cache
+_HUGE = 2 << 20
+_PAGE = mmap.PAGESIZE
+_SYNC_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write to disk, do not wait
+
+_MADVISE, _DONTNEED = 28, 4  # x86-64; asm-generic/mman-common.h
+_DROP = 1 << 30  # bytes a call: a thread has 5 s for each, and 16 GB of small pages may need more
+_LOOK = 1 << 20  # bytes of /proc/PID/pagemap at a time, 8 a page
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write(
+    pid: int,
+    start: int,
+    end: int,
+    directory: str,
+    prefix: str,
+    *,
+    threads: int,
+    direct: bool,
+    algorithm: str,
+) -> list[Shard]:
+    """Writes memory [start, end) of a process to new files `<prefix><number>.img` in a directory,
+    synced to disk with it; where 4 MiB in a row are zeros there is a hole. Nobody may write to that
+    memory meanwhile. With `direct` past the
+    page cache, where the file system lets it. `algorithm` is one of `digests.new`.
+
+    Raises LaneError or OSError, and then has removed the files. Whoever is killed meanwhile leaves
+    them: they lie in a draft, and go with it."""
+    shards = cut(start, end, prefix, threads)
+    libc = ffi.dlopen(None)
+    made: list[str] = []
+    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with _opened_pagemap(pid, start, end) as pagemap:
+
+            def one(shard: Shard) -> None:
+                try:
+                    fd = os.open(shard.name, _NEW, 0o600, dir_fd=place)
+                    made.append(shard.name)
+                    try:
+                        shard.digest = _write_shard(
+                            libc, pid, pagemap, shard, fd, direct, algorithm
+                        )
+                    finally:
+                        os.close(fd)
+                except OSError as error:
+                    raise LaneError(
+                        f"pid {pid}: cannot write {directory}/{shard.name}: {error.strerror}"
+                    ) from error
+
+            digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
+        os.fsync(place)
+    except BaseException:
+        for name in made:
+            try:
+                os.unlink(name, dir_fd=place)
+            except OSError:
+                pass  # it goes with the draft
+        raise
+    finally:
+        os.close(place)
+    return shards
+
+
+def _write_shard(
+    libc: Any, pid: int, pagemap: int | None, shard: Shard, fd: int, direct: bool, algorithm: str
+) -> str:
+    stream = digests.Stream(algorithm)
+    if direct:
+        direct = _bypass_cache(fd, True)
+    os.ftruncate(fd, shard.size)
+    address, buffer = _buffer()
+    for at in range(0, shard.size, _CHUNK):
+        size = min(_CHUNK, shard.size - at)
+        chunk = buffer[:size]
+        if pagemap is not None and _present(pagemap, shard.start + at, size) == 0:
+            stream.update(_ZEROS[:size])
+            continue
+        _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
+        if not _is_zero(libc, address, size):
+            try:
+                _write_all(fd, chunk, at)
+            except OSError as error:
+                if not (direct and error.errno == errno.EINVAL):
+                    raise
+                direct = _bypass_cache(fd, False)  # it wants another alignment
+                _write_all(fd, chunk, at)
+            if not direct:
+                libc.sync_file_range(fd, at, size, _SYNC_WRITE)  # a hint: fsync is what counts
+        stream.update(chunk)
+    os.fsync(fd)
+    return stream.hexdigest()
+
+
+def fill(
+    pid: int,
+    start: int,
+    directory: str,
+    shards: list[Shard],
+    *,
+    threads: int,
+    fresh: bool,
+    algorithm: str,
+) -> None:
+    """Writes the files' contents into a process, the first one's to `start`, the others' as far
+    behind it as they were. With `fresh` the memory there is known to be empty, so that zeros need
+    not be written.
+
+    Raises LaneError, also for a file whose contents are not those that were written: the memory
+    is then not to be used, and can be filled again."""
+    libc = ffi.dlopen(None)
+
+    def one(shard: Shard) -> None:
+        path = os.path.join(directory, shard.name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                to = start + shard.start - shards[0].start
+                digest = _fill_shard(libc, pid, to, shard, fd, fresh, algorithm)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise LaneError(f"pid {pid}: cannot read {path}: {error.strerror}") from error
+        if digest != shard.digest:
+            raise LaneError(
+                f"pid {pid}: {path} is damaged: its contents are not those that were written"
+            )
+
+    digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
+
+
+def _fill_shard(
+    libc: Any, pid: int, to: int, shard: Shard, fd: int, fresh: bool, algorithm: str
+) -> str:
+    """The digest of what was written; "" for a file of another size or kind."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != shard.size:
+        return ""
+    stream = digests.Stream(algorithm)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    address, buffer = _buffer()
+    for at in range(0, shard.size, _CHUNK):
+        size = min(_CHUNK, shard.size - at)
+        if fresh and _is_hole(fd, at, size):
+            stream.update(_ZEROS[:size])
+            continue
+        chunk = buffer[:size]
+        if not _read_all(fd, chunk, at):
+            return ""
+        stream.update(chunk)
+        if not (fresh and _is_zero(libc, address, size)):
+            _move(libc.process_vm_writev, pid, address, to + at, size, "written to")
+    return stream.hexdigest()
+
+
+def drop(tid: int, start: int, end: int, *, seconds: float) -> None:
+    """Gives memory [start, end) of a process back to the kernel, by calls that its thread `tid`
+    makes; it reads as zeros then. The thread must be able to run: not frozen. Begins no further
+    call once `seconds` are over.
+
+    Raises LaneError, which says how much is still there."""
+    deadline = time.monotonic() + seconds
+    failure = ""
+    with _opened_pagemap(tid, start, end) as pagemap:
+        if pagemap is None:
+            raise LaneError(
+                f"thread {tid}: {start:x}-{end:x} is not private memory all through: that cannot "
+                "be dropped; nothing was"
+            )
+        if _is_frozen(tid):
+            raise LaneError(f"thread {tid} is frozen, and can drop no memory; nothing was dropped")
+        try:
+            with stopped(tid) as process:
+                for at in range(start, end, _DROP):
+                    if time.monotonic() > deadline:
+                        raise InjectionError(f"not done within {seconds:.0f} s")
+                    process.call(_MADVISE, at, min(_DROP, end - at), _DONTNEED)
+        except (InjectionError, OSError) as error:
+            failure = f": {error}"
+        left = _present(pagemap, start, end - start)
+    if left or failure:
+        raise LaneError(
+            f"thread {tid}: {start:x}-{end:x} was not dropped as it should{failure}; "
+            f"{left} of {(end - start) // _PAGE} pages are still there"
+        )
+
+
+_ZEROS = memoryview(bytes(_CHUNK))
+
+
+def _buffer() -> tuple[int, memoryview]:
+    """Memory of our own for a chunk, in huge pages where there are any, and its address."""
+    memory = mmap.mmap(-1, _CHUNK + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # a kernel without them
+    with ffi.from_buffer(memory) as pointer:
+        address = int(ffi.cast("uintptr_t", pointer))
+    skip = -address % _HUGE
+    return address + skip, memoryview(memory)[skip : skip + _CHUNK]
+
+
+def _move(call: Any, pid: int, ours: int, theirs: int, size: int, what: str) -> None:
+    done = 0
+    while done < size:
+        here: Any = ffi.new("our_span *", (ffi.cast("void *", ours + done), size - done))
+        there: Any = ffi.new("their_span *", (theirs + done, size - done))
+        count = call(pid, here, 1, there, 1, 0)
+        if count <= 0:
+            code = ffi.errno
+            why = os.strerror(code) if count else "nothing came"
+            if code == errno.ESRCH:
+                why += " (it has ended)"
+            raise LaneError(f"pid {pid}: memory at {theirs + done:#x} cannot be {what}: {why}")
+        done += count
+
+
+def _is_zero(libc: Any, address: int, size: int) -> bool:
+    """Whether the first word is zero, and each equals the one after it. The size is of pages."""
+    word: Any = ffi.cast("uint64_t *", address)
+    return not word[0] and not libc.memcmp(word, word + 1, size - 8)
+
+
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    while len(data):
+        count = os.pwrite(fd, data, at)
+        data, at = data[count:], at + count
+
+
+def _read_all(fd: int, data: memoryview, at: int) -> bool:
+    while len(data):
+        count = os.preadv(fd, [data], at)
+        if not count:
+            return False
+        data, at = data[count:], at + count
+    return True
+
+
+def _is_hole(fd: int, at: int, size: int) -> bool:
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA) >= at + size
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return True  # nothing but holes from here on
+        raise
+
+
+def _bypass_cache(fd: int, on: bool) -> bool:
+    """What it then is: a file system that cannot says so when it is asked."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return on
+
+
+@contextmanager
+def _opened_pagemap(pid: int, start: int, end: int) -> Iterator[int | None]:
+    """The process's pagemap, if all of [start, end) is private memory without a file: only then is
+    what has no page a zero. Raises LaneError where the process has ended."""
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+            maps = file.read()
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LaneError(f"pid {pid} has ended: {error.strerror}") from error
+    try:
+        if not maps:
+            raise LaneError(f"pid {pid} has ended")
+        yield fd if _is_private(maps, start, end) else None
+    finally:
+        os.close(fd)
+
+
+def _is_private(maps: str, start: int, end: int) -> bool:
+    for line in maps.splitlines():
+        span, allowed, _, _, inode, *_ = line.split()
+        begins, ends = (int(part, 16) for part in span.split("-"))
+        if begins <= start < ends:
+            if allowed[3] != "p" or inode != "0":
+                return False
+            start = ends
+            if start >= end:
+                return True
+    return False
+
+
+def _present(pagemap: int, start: int, size: int) -> int:
+    """How many of these pages are anywhere. The highest byte of an entry has the bits for a page in
+    memory, in swap and in a file, and some marks (the kernel's admin-guide/mm/pagemap.rst)."""
+    count, at, end = 0, start // _PAGE * 8, (start + size) // _PAGE * 8
+    while at < end:
+        entries = os.pread(pagemap, min(_LOOK, end - at), at)
+        if not entries:
+            raise LaneError("the process has ended")
+        highest = entries[7::8]
+        count += len(highest) - highest.count(0)
+        at += len(entries)
+    return count
+
+
+def _is_frozen(tid: int) -> bool:
+    """By the cgroup v2 that it is in. (In v1 a frozen thread does not stop for a tracer at all.)"""
+    try:
+        with open(f"/proc/{tid}/cgroup", encoding="utf-8", errors="replace") as file:
+            path = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+    except OSError:
+        return False  # it has ended
+    for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+        try:
+            with open(f"{root}{path}/cgroup.events", encoding="ascii") as file:
+                return "frozen 1\n" in file.read()
+        except OSError:
+            continue
+    return False
