@@ -1,0 +1,118 @@
+"""`python -m tests.bench.lane DIRECTORY`: what moving a process's memory to files and back costs,
+beside writing and reading files of the same sizes with as many threads. Figures are for reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shim import digests
+from shim.cuda import lane
+from shim.cuda.shards import Shard, cut
+
+_CHILD = """
+import ctypes, mmap, os, sys
+memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+if sys.argv[2] == "huge":
+    memory.madvise(mmap.MADV_HUGEPAGE)
+piece = os.urandom(1 << 20)
+for at in range(0, len(memory), len(piece)):
+    memory[at : at + len(piece)] = piece
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+sys.stdin.read()
+"""
+_CHUNK = 4 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.bench.lane", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--pages", choices=["huge", "small"], default="huge", help="the process's")
+    parser.add_argument("--algorithms", nargs="*", default=[digests.XXH3, digests.SHA256])
+    options = parser.parse_args()
+    size = int(options.gib * (1 << 30))
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", _CHILD, str(size), options.pages]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
+        assert child.stdout
+        start = int(child.stdout.readline())
+        for threads in options.threads:
+            measure(options, child.pid, start, start + size, threads)
+        child.communicate()
+
+
+def measure(options: argparse.Namespace, pid: int, start: int, end: int, threads: int) -> None:
+    place: Path = options.directory
+    shards = cut(start, end, "lane-", threads)
+    said = f"{threads} threads, {len(shards)} files:"
+    timed(f"{said} plain files, written", end - start, lambda: plain(place, shards, threads, True))
+    timed(f"{said} plain files, read", end - start, lambda: plain(place, shards, threads, False))
+    clear(place)
+    for algorithm in options.algorithms:
+
+        def write(name: str = algorithm) -> list[Shard]:
+            return lane.write(
+                pid,
+                start,
+                end,
+                str(place),
+                "lane-",
+                threads=threads,
+                direct=options.direct,
+                algorithm=name,
+            )
+
+        def fill(made: list[Shard], name: str = algorithm) -> None:
+            lane.fill(pid, start, str(place), made, threads=threads, fresh=True, algorithm=name)
+
+        made = timed(f"{said} memory written, {algorithm}", end - start, write)
+        timed(f"{said} memory filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
+        lane.drop(pid, start, end, seconds=60)
+        timed(f"{said} dropped, then filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
+        clear(place)
+
+
+def plain(place: Path, shards: list[Shard], threads: int, write: bool) -> None:
+    data = mmap.mmap(-1, _CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    data.write(os.urandom(_CHUNK))
+
+    def one(shard: Shard) -> None:
+        fd = os.open(place / shard.name, os.O_RDWR | os.O_CREAT, 0o600)
+        buffer = bytearray(_CHUNK)
+        for at in range(0, shard.size, _CHUNK):
+            if write:
+                os.pwrite(fd, memoryview(data)[: shard.size - at], at)
+            else:
+                os.preadv(fd, [buffer], at)
+        if write:
+            os.fsync(fd)
+        os.close(fd)
+
+    digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
+
+
+def timed(what: str, size: int, action: Callable[[], Any]) -> Any:
+    began = time.monotonic()
+    result = action()
+    print(f"{what:60} {size / 1e9 / (time.monotonic() - began):6.2f} GB/s", flush=True)
+    return result
+
+
+def clear(place: Path) -> None:
+    for path in place.glob("lane-*"):
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()
