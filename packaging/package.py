@@ -1,9 +1,9 @@
 """Makes what is installed without a network: a Debian package, and the same files as a tree for
 other systems. What `make package` runs.
 
-Both hold the program and no Python packages: cffi's backend is the system's (Debian:
-python3-cffi-backend), the interpreter is /usr/bin/python3. `install.py` is the other way, with a
-virtual environment of its own.
+Both hold the program and no Python packages: cffi's backend and xxhash are the system's (Debian:
+python3-cffi-backend, python3-xxhash), the interpreter is /usr/bin/python3. `install.py` is the
+other way, with a virtual environment of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Architecture: all
 Maintainer: the containerd-shim-grit authors
 Section: admin
 Priority: optional
-Depends: python3 (>= 3.11), python3-cffi-backend, containerd
+Depends: python3 (>= 3.11), python3-cffi-backend, python3-xxhash, containerd
 Recommends: criu (>= 4.1), python3-zstandard
 Description: containerd shim that checkpoints and restores GPU containers
  A runtime shim for stock containerd, with which containers and pods that use NVIDIA GPUs are

@@ -24,10 +24,12 @@ class Ahead:
     """Digests what is written to `directory`, from `with` on until `stop`.
 
     It must do no harm: what cannot be read is left to whoever reads all of it at the end.
+    `algorithm` is one of `digests.new`.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, algorithm: str) -> None:
         self._directory = directory
+        self._algorithm = algorithm
         self._lock = threading.Lock()
         self._begun: dict[str, int] = {}
         """By file, how many blocks are digested or being so."""
@@ -67,7 +69,8 @@ class Ahead:
                 name, number = block
                 path = os.path.join(self._directory, name)
                 start = number * digests.BLOCK
-                self._found[block] = digests.of_block(path, start, start + digests.BLOCK)
+                end = start + digests.BLOCK
+                self._found[block] = digests.of_block(path, start, end, self._algorithm)
         except OSError:
             pass
 

@@ -24,6 +24,7 @@ from shim import (
     checkpoint_dir,
     cri,
     devices,
+    digests,
     fit,
     gpu,
     headroom,
@@ -240,12 +241,13 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
-            whole = draft.publish(manifest, digested.stop())
+            whole = draft.publish(manifest, digested.stop(), algorithm=algorithm)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
-    digested = ahead.Ahead(draft.path)
+    algorithm = digests.algorithm(settings)
+    digested = ahead.Ahead(draft.path, algorithm)
     try:
         with digested:
             result = client.dump(

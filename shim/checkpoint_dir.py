@@ -3,7 +3,7 @@
 A checkpoint is a directory as GRIT and checkpointctl lay it out: `checkpoint/`, flat, with CRIU's
 images, our device-memory files and our manifest `grit.json`, and beside it `rootfs-diff.tar`,
 `container.log`, `config.dump` and `spec.dump`, which clients write. A dump goes into a draft under
-another name; publishing checks it, takes the size and SHA-256 of every file, brings everything to
+another name; publishing checks it, takes the size and digest of every file, brings everything to
 the disk and renames. So a directory under its final name is a whole checkpoint, and this module
 must never let a partial one be taken for it, nor remove anything but drafts of its own.
 """
@@ -78,6 +78,7 @@ _BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS, DOWNLOADED}
     "volumes",
 }
 _PARTIAL = ".grit-partial-"
+_SHOWN = {digests.SHA256: "SHA-256", digests.XXH3: "XXH3"}
 _RANDOM_BYTES = 8
 
 
@@ -149,14 +150,18 @@ class Draft:
             # Another draft's begin() came between and is taking ours for an abandoned one.
 
     def publish(
-        self, manifest: Manifest, known: Mapping[tuple[str, int], bytes] | None = None
+        self,
+        manifest: Manifest,
+        known: Mapping[tuple[str, int], bytes] | None = None,
+        *,
+        algorithm: str = digests.SHA256,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
         All files are read once for their checksums, several at a time, and synced; the manifest
-        comes last, and then the rename. `known` are digests of blocks that were taken before (see
-        `digests.take`). Raises CheckpointDirError, after which `final` holds no
-        checkpoint and discard() removes what there is.
+        comes last, and then the rename. `known` are digests of blocks that were taken before, by
+        the same `algorithm` (see `digests.take`). Raises CheckpointDirError, after which `final`
+        holds no checkpoint and discard() removes what there is.
         """
         import time
 
@@ -165,7 +170,7 @@ class Draft:
         begun = time.monotonic()
         try:
             names = self._checked_names()
-            files = self._seal(names, known=known)
+            files = self._seal(names, algorithm=algorithm, known=known)
             whole = Manifest(
                 **{
                     **vars(manifest),
@@ -219,7 +224,7 @@ class Draft:
         try:
             names = sorted(_beside(self.path))
             sums = self._seal(names, plain=True)
-            lines = "".join(f"{sums[name].sha256}  {name}\n" for name in names)
+            lines = "".join(f"{sums[name].digest}  {name}\n" for name in names)
             _write_new(os.path.join(self.path, SUMS), lines.encode("utf-8", "surrogateescape"))
             for name in {os.path.dirname(name) for name in names} | {""}:
                 os.chmod(os.path.join(self.path, name), 0o700)
@@ -290,6 +295,7 @@ class Draft:
         self,
         names: list[str],
         *,
+        algorithm: str = digests.SHA256,
         plain: bool = False,
         known: Mapping[tuple[str, int], bytes] | None = None,
     ) -> dict[str, File]:
@@ -304,10 +310,11 @@ class Draft:
                     os.fsync(file.fileno())
 
         sealed = {}
-        for name, found in digests.take(paths, plain=plain, also=[sync], known=known).items():
+        taken = digests.take(paths, algorithm=algorithm, plain=plain, also=[sync], known=known)
+        for name, found in taken.items():
             if isinstance(found, OSError):
                 raise found
-            sealed[name] = File(paths[name][1], found)
+            sealed[name] = File(paths[name][1], found, algorithm)
         return sealed
 
     def _move_up(self, names: list[str]) -> None:
@@ -387,15 +394,28 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
         raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
 
     if contents:
-        paths = {n: (os.path.join(directory, n), manifest.files[n].size) for n in intact}
-        for name, found in digests.take(paths).items():
-            right = manifest.files[name].sha256
+        for algorithm in {manifest.files[name].algorithm for name in intact}:
+            files = {n: f for n in intact if (f := manifest.files[n]).algorithm == algorithm}
+            problems += _compare(directory, files, algorithm)
+    return sorted(problems, key=lambda problem: problem.name)
+
+
+def _compare(directory: str, files: dict[str, File], algorithm: str) -> list[Problem]:
+    """What differs between files and their digests, all of that algorithm."""
+    paths = {name: (os.path.join(directory, name), file.size) for name, file in files.items()}
+    problems = []
+    try:
+        for name, found in digests.take(paths, algorithm=algorithm).items():
+            right = files[name].digest
             if isinstance(found, OSError):
                 problems.append(_unreadable(name, found))
             elif found != right:
-                text = f"has SHA-256 {found}; the manifest says {right}"
+                text = f"has {_SHOWN[algorithm]} {found}; the manifest says {right}"
                 problems.append(Problem(name, "checksum", text))
-    return sorted(problems, key=lambda problem: problem.name)
+    except digests.Unavailable as error:
+        text = f"has checksums of {len(files)} files that cannot be checked: {error}"
+        problems.append(Problem(MANIFEST, "checksum", text))
+    return problems
 
 
 def find_checkpoint(directory: str, container_name: str | None) -> str | None:

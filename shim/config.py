@@ -98,6 +98,7 @@ class GritOptions(_Settings):
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
     together_timeout: float = 60.0  # seconds
+    checksum: Literal["xxh3", "sha256"] = "xxh3"
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
 
 
@@ -204,6 +205,7 @@ _GRIT: dict[str, Check] = {
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
+    "checksum": _one_of("xxh3", "sha256"),
     "metrics": _path,
 }
 

@@ -1,17 +1,18 @@
 """The manifest of a checkpoint, `grit.json`: its keys, its bytes, and what is wrong with them.
 
-It records who wrote which container's checkpoint from what, with the size and SHA-256 of every
+It records who wrote which container's checkpoint from what, with the size and digest of every
 file. It is read from storage that others may have written to, so nothing in it is believed before
 its type is checked, and no name in it may lead out of the checkpoint's directory.
 """
 
 from __future__ import annotations
 
-from shim.digests import BLOCK
+from shim.digests import BLOCK, SHA256, XXH3
 
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
-FORMAT = 1
+FORMAT, FORMAT_XXH3 = 1, 2
+"""The second is that of a manifest with XXH3 digests, which a reader of the first cannot check."""
 # A manifest has both, so that no single damaged place makes it look like one that has neither.
 _SEALED = "self_check"
 _SEAL = "sha256_of_the_above"
@@ -26,31 +27,41 @@ class ManifestError(CheckpointDirError):
     """The manifest is missing or unusable; names the file and the key that is wrong."""
 
 
-_PLAIN, _OF_BLOCKS = "sha256", "sha256_of_64m_blocks"
+# By algorithm: its name in `grit.json`, and how many hexadecimal digits it has.
+_NAMES = {SHA256: ("sha256", 64), XXH3: ("xxh3_128", 32)}
 
 
 class File:
-    """One file of a checkpoint: its size in bytes and its digest, in hex, as `digests` has it: the
-    SHA-256 of the contents, or, above `digests.BLOCK` bytes, of the blocks' SHA-256s."""
+    """One file of a checkpoint: its size in bytes and its digest, in hex, as `digests` has it by
+    that algorithm: of the contents, or, above `digests.BLOCK` bytes, of the blocks' digests."""
 
-    __slots__ = ("sha256", "size")
+    __slots__ = ("algorithm", "digest", "size")
 
-    def __init__(self, size: int, sha256: str) -> None:
-        self.size, self.sha256 = size, sha256
+    def __init__(self, size: int, digest: str, algorithm: str = SHA256) -> None:
+        self.size, self.digest, self.algorithm = size, digest, algorithm
 
     @property
     def key(self) -> str:
-        """What the digest is called in `grit.json`: a plain one is what sha256sum prints."""
-        return _PLAIN if self.size <= BLOCK else _OF_BLOCKS
+        """What the digest is called in `grit.json`: a plain one is what sha256sum prints, or
+        xxh128sum."""
+        return _key(self.algorithm, self.size)
+
+    def _values(self) -> tuple[int, str, str]:
+        return self.size, self.digest, self.algorithm
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, File) and (self.size, self.sha256) == (other.size, other.sha256)
+        return isinstance(other, File) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.size, self.sha256))
+        return hash(self._values())
 
     def __repr__(self) -> str:
-        return f"File({self.size}, {self.sha256!r})"
+        return f"File({self.size}, {self.digest!r}, {self.algorithm!r})"
+
+
+def _key(algorithm: str, size: int) -> str:
+    name, _ = _NAMES[algorithm]
+    return name if size <= BLOCK else f"{name}_of_64m_blocks"
 
 
 class Manifest:
@@ -116,9 +127,10 @@ class Manifest:
         line the SHA-256 of all above it."""
         import json
 
+        plain = all(file.algorithm == SHA256 for file in self.files.values())
         document = {
-            "format": FORMAT,
-            _SEALED: _PLAIN,
+            "format": FORMAT if plain else FORMAT_XXH3,
+            _SEALED: "sha256",
             "created": self.created,
             "container": {
                 "id": self.container_id,
@@ -139,7 +151,7 @@ class Manifest:
             "devices": self.devices,
             "phases": self.phases,
             "files": {
-                name: {"size": file.size, file.key: file.sha256}
+                name: {"size": file.size, file.key: file.digest}
                 for name, file in sorted(self.files.items())
             },
         }
@@ -152,10 +164,10 @@ class Manifest:
         that was written without a checksum of itself is read without it."""
         document = _Reader(_read_json(data, where), where)
         number = document.integer("format")
-        if number != FORMAT:
+        if number not in (FORMAT, FORMAT_XXH3):
             raise ManifestError(
-                f"{where}: is of format {number}, and this grit reads format {FORMAT}; restore it "
-                "with the version of grit that wrote it"
+                f"{where}: is of format {number}, and this grit reads formats {FORMAT} and "
+                f"{FORMAT_XXH3}; restore it with the version of grit that wrote it"
             )
         above, sealed, seal = data.rpartition(_SEAL_BEGINS)
         claimed = sealed or _SEALED in document.value or _SEAL in document.value
@@ -318,10 +330,12 @@ def _read_files(table: _Reader) -> dict[str, File]:
         if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name:
             raise table.wrong(repr(name), "is not the name of a file within the checkpoint")
         entry = table.table(name)
-        file = File(entry.integer("size"), "")
-        file.sha256 = entry.text(file.key)
-        if len(file.sha256) != 64 or not set(file.sha256) <= set("0123456789abcdef"):
-            raise entry.wrong(file.key, "must be 64 lower-case hexadecimal digits")
+        size = entry.integer("size")
+        algorithm = XXH3 if _key(XXH3, size) in entry.value else SHA256
+        file = File(size, entry.text(_key(algorithm, size)), algorithm)
+        _, digits = _NAMES[algorithm]
+        if len(file.digest) != digits or not set(file.digest) <= set("0123456789abcdef"):
+            raise entry.wrong(file.key, f"must be {digits} lower-case hexadecimal digits")
         files[name] = file
     if INVENTORY not in files:
         raise table.wrong(INVENTORY, "is missing, and without it nothing can be restored")

@@ -15,10 +15,11 @@ import subprocess
 import sys
 
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, digests
 from shim.checkpoint_dir import (
     CheckpointDirError,
     Draft,
@@ -28,6 +29,7 @@ from shim.checkpoint_dir import (
     rootfs_diff,
     verify,
 )
+from shim.config import GritOptions
 from shim.digests import BLOCK
 from shim.manifest import File, Manifest, ManifestError
 
@@ -522,8 +524,8 @@ def mount(**values: object) -> dict[str, object]:
     [
         (
             ["format"],
-            2,
-            "is of format 2, and this grit reads format 1; restore it with the version",
+            3,
+            "is of format 3, and this grit reads formats 1 and 2; restore it with the version",
         ),
         (["format"], "1", "format must be a whole number"),
         (["format"], True, "format must be a whole number"),
@@ -553,6 +555,8 @@ def mount(**values: object) -> dict[str, object]:
         (["files", "a"], {"size": -1, "sha256": "0" * 64}, "files.a.size must be a whole number"),
         (["files", "a"], {"size": 1, "sha256": "0" * 63}, "files.a.sha256 must be 64 lower-case"),
         (["files", "a"], {"size": 1, "sha256": "A" * 64}, "files.a.sha256 must be 64 lower-case"),
+        (["files", "a"], {"size": 1, "xxh3_128": "0" * 64}, "files.a.xxh3_128 must be 32 lower"),
+        (["files", "a"], {"size": 1}, "files.a.sha256 is missing"),
         (["files", "../a"], {}, r"files.'../a' is not the name of a file within"),
         (["files", ".."], {}, "is not the name of a file within"),
         (["files", "grit.json"], {}, "is not the name of a file within"),
@@ -720,6 +724,63 @@ def test_a_flipped_byte_in_any_block_is_found(big: pathlib.Path, at: int) -> Non
         os.pwrite(file.fileno(), b"!", at)
     (problem,) = verify(str(big.parent), load(str(big.parent)))
     assert (problem.name, problem.kind) == ("pages-1.img", "checksum")
+
+
+def test_a_quick_digest_is_that_of_the_contents_or_of_the_blocks_digests(
+    place: pathlib.Path,
+) -> None:
+    draft = Draft.begin(str(place))
+    dump_into(draft)
+    data = os.urandom(5) + bytes(BLOCK) + os.urandom(5)
+    (pathlib.Path(draft.path) / "pages-1.img").write_bytes(data)
+    draft.publish(a_manifest(), algorithm=digests.XXH3)
+
+    def digest(data: bytes) -> bytes:
+        return xxhash.xxh3_128(data).digest()
+
+    written = json.loads((place / "grit.json").read_bytes())
+    assert written["format"] == 2  # no grit from before takes it for one it can check
+    inventory = (place / "inventory.img").read_bytes()
+    assert written["files"]["inventory.img"] == {
+        "size": len(inventory),
+        "xxh3_128": digest(inventory).hex(),
+    }
+    assert written["files"]["pages-1.img"] == {
+        "size": len(data),
+        "xxh3_128_of_64m_blocks": digest(digest(data[:BLOCK]) + digest(data[BLOCK:])).hex(),
+    }
+    manifest = load(str(place))
+    assert verify(str(place), manifest) == []
+    with open(place / "pages-1.img", "r+b") as file:
+        os.pwrite(file.fileno(), b"!", BLOCK // 2)
+    (problem,) = verify(str(place), manifest)
+    assert str(problem).startswith("pages-1.img: has XXH3 ")
+
+
+def test_one_of_sha256_is_as_it_was_before_there_was_a_choice(place: pathlib.Path) -> None:
+    published(place)
+    written = json.loads((place / "grit.json").read_bytes())
+    assert written["format"] == 1
+    assert all(entry.keys() == {"size", "sha256"} for entry in written["files"].values())
+
+
+def test_without_xxhash_digests_are_sha256_and_others_cannot_be_checked(
+    place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draft = Draft.begin(str(place))
+    dump_into(draft)
+    manifest = draft.publish(a_manifest(), algorithm=digests.algorithm(GritOptions()))
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    before = list(sys.path)
+
+    (problem,) = verify(str(place), manifest)
+    assert problem.name == "grit.json"
+    assert "cannot be checked: this Python has no xxhash: install it" in str(problem)
+    assert verify(str(place), manifest, contents=False) == []
+    assert digests.algorithm(GritOptions()) == digests.SHA256
+    assert digests.algorithm(GritOptions(checksum="sha256")) == digests.SHA256
+    assert capfd.readouterr().err.count("level=warning") == 1
+    assert sys.path == before
 
 
 def test_importing_it_stays_cheap() -> None:

@@ -46,6 +46,7 @@ on_missing_checkpoint = "fail"
 on_mismatch = "warn"
 download_timeout = 300
 together_timeout = 120
+checksum = "sha256"
 metrics = "/var/lib/metrics"
 """
 
@@ -90,6 +91,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         on_mismatch="warn",
         download_timeout=300.0,
         together_timeout=120.0,
+        checksum="sha256",
         metrics="/var/lib/metrics",
     )
     # The example above leaves no key out and keeps none at its default.

@@ -94,7 +94,7 @@ def damage_bit(copy: Path) -> str:
         byte = file.read(1)[0]
         file.seek(8192)
         file.write(bytes([byte ^ 4]))
-    return "pages-1.img: has SHA-256 "
+    return "pages-1.img: has XXH3 "
 
 
 def damage_missing(copy: Path) -> str:
@@ -117,7 +117,7 @@ def damage_manifest_bit(copy: Path) -> str:
 def damage_version(copy: Path) -> str:
     path = copy / "checkpoint/grit.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 7', 1))
-    return "is of format 7, and this grit reads format 1"
+    return "is of format 7, and this grit reads formats 1 and 2"
 
 
 def damage_manifest(copy: Path) -> str:

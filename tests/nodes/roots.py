@@ -33,6 +33,7 @@ PACKAGES = (
     "python3",
     "python3-cffi-backend",
     "python3-venv",
+    "python3-xxhash",
     "runc",
 )
 
