@@ -73,6 +73,8 @@ def a_pod_runs(node: Node) -> None:
     assert stock.status("main").state == kubelets.RUNNING
     if node.name != "12":
         agent.checkpoint_pod(one, "/var/lib/grit/train")
+        manifest = node.path("/var/lib/grit/train/main/checkpoint/grit.json").read_text()
+        assert '"xxh3_128"' in manifest  # the system's xxhash is found
         one.remove()
         again = kubelet.gpu_pod("train", annotations=NOTES).run()
         gpu.go_on(before, again.next_report())
