@@ -29,6 +29,7 @@ from shim import (
     gpu,
     headroom,
     injected,
+    lane,
     log,
     messages,
     options,
@@ -98,6 +99,9 @@ def checkpoint(
             if was_paused:
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted)
+        except lane.NotRefilled:
+            container.kept = draft
+            raise
         except Exception as failure:
             if draft.published and container.has_ended():
                 container.forget_pause()
@@ -119,16 +123,21 @@ def checkpoint(
                 by_hand=f"ctr -n {container.namespace} task resume {container.id}",
             )
     finally:
-        draft.discard()
+        if container.kept is not draft:
+            draft.discard()
 
 
 def resume(container: Container) -> None:
     """Thaws the container, then gives its GPU back and checks that every CUDA process runs.
 
     Can be called again after a failure: what is done already is not done twice. Raises
-    CudaError or the inner shim's StatusError.
+    CudaError, lane.NotRefilled, or the inner shim's StatusError.
     """
     paused = container.status() == messages.PAUSED
+    if container.kept is not None:
+        lane.refill(container)
+        container.kept.discard()
+        container.kept = None
     if container.suspension is None or paused:
         began = time.monotonic()
         if paused and container.freezer() and not container.has_ended():
@@ -232,6 +241,7 @@ def _dump(
     request.write_descriptors(state, draft.path)
     volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
     criu = _criu(container, plugin)
+    in_lane = lane.write_and_drop(container, draft.path)
     began = time.monotonic()
 
     def notified(script: str) -> bool:
@@ -241,7 +251,7 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
-            whole = draft.publish(manifest, digested.stop(), algorithm=algorithm)
+            whole = draft.publish(manifest, digested.stop(), in_lane, algorithm=algorithm)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
@@ -263,6 +273,8 @@ def _dump(
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
+        lane.moved(container, draft.final if draft.published else draft.path)
+        lane.refill(container)
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
             try:
@@ -356,7 +368,7 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
             "file_locks": bool(opts.file_locks),
             "terminal": bool(opts.shell_job),
         },
-        cuda_processes=[process.to_dict() for process in suspension.processes]
+        cuda_processes=[{**process.to_dict(), "dropped_to": ""} for process in suspension.processes]
         if suspension
         else [],
         mounts=mounts,
@@ -364,6 +376,11 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
         phases={
             **({"suspend": round(suspension.seconds, 6)} if suspension else {}),
             "freeze": container.froze_in,
+            **{
+                phase: round(took, 6)
+                for phase, took in container.phases.items()
+                if phase.startswith("lane_")
+            },
         },
     )
 

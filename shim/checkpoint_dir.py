@@ -25,7 +25,7 @@ from shim.manifest import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 __all__ = [
     "CONFIG_DUMP",
@@ -153,15 +153,17 @@ class Draft:
         self,
         manifest: Manifest,
         known: Mapping[tuple[str, int], bytes] | None = None,
+        whole: Mapping[str, str] | None = None,
         *,
         algorithm: str = digests.SHA256,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
         All files are read once for their checksums, several at a time, and synced; the manifest
-        comes last, and then the rename. `known` are digests of blocks that were taken before, by
-        the same `algorithm` (see `digests.take`). Raises CheckpointDirError, after which `final`
-        holds no checkpoint and discard() removes what there is.
+        comes last, and then the rename. `known` are digests of blocks that were taken before (see
+        `digests.take`), `whole` those of files that are synced, too, both by the same `algorithm`.
+        Raises CheckpointDirError, after which `final` holds no checkpoint and discard() removes
+        what there is.
         """
         import time
 
@@ -170,8 +172,12 @@ class Draft:
         begun = time.monotonic()
         try:
             names = self._checked_names()
-            files = self._seal(names, algorithm=algorithm, known=known)
-            whole = Manifest(
+            done = whole or {}
+            names_left = [name for name in names if name not in done]
+            files = self._seal(names_left, algorithm=algorithm, known=known)
+            for name, digest in done.items():
+                files[name] = File(_sized(os.path.join(self.path, name))[1], digest, algorithm)
+            made = Manifest(
                 **{
                     **vars(manifest),
                     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -179,7 +185,7 @@ class Draft:
                     "files": files,
                 }
             )
-            _write_new(os.path.join(self.path, MANIFEST), whole.encode())
+            _write_new(os.path.join(self.path, MANIFEST), made.encode())
             _sync_directory(self.path)
             if self._inside:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
@@ -194,7 +200,7 @@ class Draft:
             ) from error
         self._unlock()
         self.published = True
-        return whole
+        return made
 
     def withdraw(self) -> None:
         """Takes back what publish() made, for a dump that failed after all; does nothing if it made
@@ -365,10 +371,13 @@ def load(directory: str) -> Manifest:
     return Manifest.decode(data, where)
 
 
-def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list[Problem]:
+def verify(
+    directory: str, manifest: Manifest, *, contents: bool = True, but: Collection[str] = ()
+) -> list[Problem]:
     """What differs between the directory and its manifest; an empty list if nothing does.
 
-    Sizes are always compared, checksums only with `contents`, which reads every byte.
+    Sizes are always compared, checksums only with `contents`, which reads every byte, except of
+    those that the caller reads himself (`but`).
     Raises CheckpointDirError if the directory cannot be read.
     """
     problems = []
@@ -394,6 +403,7 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
         raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
 
     if contents:
+        intact = [name for name in intact if name not in but]
         for algorithm in {manifest.files[name].algorithm for name in intact}:
             files = {n: f for n in intact if (f := manifest.files[n]).algorithm == algorithm}
             problems += _compare(directory, files, algorithm)

@@ -98,6 +98,10 @@ class GritOptions(_Settings):
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
     together_timeout: float = 60.0  # seconds
+    lane: Literal["auto", "off"] = "auto"
+    lane_from: int = 64 * 1024 * 1024  # bytes of a region
+    lane_threads: int = 0  # as many as there are processors
+    lane_direct: bool = False
     checksum: Literal["xxh3", "sha256"] = "xxh3"
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
 
@@ -205,6 +209,10 @@ _GRIT: dict[str, Check] = {
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
+    "lane": _one_of("auto", "off"),
+    "lane_from": _integer(4096, 2**63 - 1),
+    "lane_threads": _integer(0, 256),
+    "lane_direct": _boolean,
     "checksum": _one_of("xxh3", "sha256"),
     "metrics": _path,
 }

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shim.checkpoint_dir import Draft
     from shim.config import GritOptions
     from shim.criu_bridge.transport import Cancel
     from shim.cuda.suspension import Suspension
@@ -63,7 +64,7 @@ class Restore:
     def memory_bytes(self) -> int:
         """How much memory the images fill, device memory included."""
         files = self.manifest.files.items() if self.manifest else ()
-        return sum(file.size for name, file in files if name.startswith("pages-"))
+        return sum(file.size for name, file in files if name.startswith(("pages-", "lane-")))
 
 
 def _alone() -> None:
@@ -85,6 +86,7 @@ class Container:
         "froze_in",
         "given",
         "id",
+        "kept",
         "lock",
         "meet",
         "namespace",
@@ -138,6 +140,8 @@ class Container:
         """Whether that Pause belongs to a Checkpoint, so that its connection's end undoes it."""
         self.raised_limits: dict[str, tuple[int, int]] = {}
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
+        self.kept: Draft | None = None
+        """Of a failed checkpoint: its files are all there is of some device memory."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
         self.trace: dict[str, str] = {}

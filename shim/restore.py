@@ -26,6 +26,7 @@ from shim import (
     gpu,
     headroom,
     injected,
+    lane,
     log,
     messages,
     places,
@@ -156,7 +157,11 @@ def start(container: Container, pod: Pod) -> bytes:
     container.phases["criu_restore"] = criu
     try:
         uts.give(names, spec, messages.StartResponse.decode(reply).pid)
+        if any(process.lane for process in found.processes):
+            lane.fill_restored(container, found)
         _thaw(container)
+        if any(process.lane for process in found.processes):
+            lane.let_run(container, found.images)
         if found.processes:
             injected.make_device_files(container.runc_state().init_process_pid, found.given)
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)
@@ -232,7 +237,8 @@ def _verified(images: str, *, beside: bool) -> Manifest | None:
     except checkpoint_dir.ForeignCheckpoint:
         log.warning("images without a manifest: restored unverified", images=images)
     if manifest is not None:
-        found = checkpoint_dir.verify(images, manifest)
+        # The lane's files are read, and compared, when they are filled in.
+        found = checkpoint_dir.verify(images, manifest, but=lane.files(manifest))
         problems += [one for one in found if one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
@@ -311,6 +317,8 @@ def _write_criu_config(
         lines.append(("libdir", gpu.plugin_directory(settings)))
     elif found.engine == "driver":
         lines.append(("libdir", criu_config.NO_PLUGINS))
+    if any(process.lane for process in found.processes):
+        lines.append(("leave-stopped", None))  # until `lane` has filled them in
     base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
     path = os.path.join(container.bundle, bundle.RESTORE_CONFIG)
     bundle.replace(path, criu_config.file_text([*lines, *injections], base), mode=0o600)

@@ -47,6 +47,10 @@ on_mismatch = "warn"
 download_timeout = 300
 together_timeout = 120
 checksum = "sha256"
+lane = "off"
+lane_from = 1048576
+lane_threads = 4
+lane_direct = true
 metrics = "/var/lib/metrics"
 """
 
@@ -92,6 +96,10 @@ def test_every_key_arrives_under_its_own_name() -> None:
         download_timeout=300.0,
         together_timeout=120.0,
         checksum="sha256",
+        lane="off",
+        lane_from=1 << 20,
+        lane_threads=4,
+        lane_direct=True,
         metrics="/var/lib/metrics",
     )
     # The example above leaves no key out and keeps none at its default.

@@ -39,6 +39,7 @@ _FILES_MAGIC = 0x56303138
 _MOUNTS_MAGIC = 0x55563928
 
 _DEAD = 2  # a task that had ended and was not waited for: it has no memory
+_STOPPED = 3  # by a signal
 _STACK, _HEAP, _FILE_PRIVATE, _ANON_SHARED = 1 << 1, 1 << 5, 1 << 6, 1 << 8
 _PARENT = 1 << 0  # of a pagemap entry: the pages lie in an earlier dump
 
@@ -173,10 +174,7 @@ def read(directory: str, regions: dict[int, list[tuple[int, int]]] | None = None
     found.plugins = images.plugins(directory)
     for process in images.processes(directory):
         pid = process.pid or 0
-        core = images.read(directory, f"core-{pid}.img", Core, _CORE_MAGIC)
-        head = core[0].tc if core else None
-        if head is None:
-            raise ImageError(f"{directory}/core-{pid}.img: it describes no process")
+        head = _head(directory, pid)
         dead = head.task_state == _DEAD
         task = Task(pid, process.ppid or 0, head.comm or "", len(process.threads), dead)
         found.tasks.append(task)
@@ -200,6 +198,11 @@ def read(directory: str, regions: dict[int, list[tuple[int, int]]] | None = None
     return found
 
 
+def was_stopped(directory: str, pid: int) -> bool:
+    """Whether a process had been stopped by a signal. Raises ImageError."""
+    return _head(directory, pid).task_state == _STOPPED
+
+
 def loopback_connections(directory: str) -> set[Connection]:
     """The TCP connections in an image directory that go through a loopback; a listening socket is
     none. Raises ImageError."""
@@ -217,6 +220,13 @@ def loopback_connections(directory: str) -> set[Connection]:
             ends = address.strip("[]"), one.src_port or 0, peer.strip("[]"), one.dst_port
             found.add((kind, *ends))
     return found
+
+
+def _head(directory: str, pid: int) -> TaskCore:
+    core = images.read(directory, f"core-{pid}.img", Core, _CORE_MAGIC)
+    if not core or core[0].tc is None:
+        raise ImageError(f"{directory}/core-{pid}.img: it describes no process")
+    return core[0].tc
 
 
 def _read_memory(

@@ -43,14 +43,15 @@ def put_back(cgroup: str, wanted: str, timeout_s: float) -> bool:
         if now is None or time.monotonic() > deadline:
             return False
         try:
-            _write(cgroup, wanted)
+            ask(cgroup, wanted)
         except OSError:
             return False
         # cgroup.events can be polled, freezer.state cannot: one way for both.
         time.sleep(0.01)
 
 
-def _write(cgroup: str, wanted: str) -> None:
+def ask(cgroup: str, wanted: str) -> None:
+    """Asks for FROZEN or THAWED, and does not wait for it. Raises OSError."""
     v1 = os.path.join(cgroup, "freezer.state")
     if os.path.exists(v1):
         path, text = v1, wanted

@@ -169,14 +169,16 @@ class Driver:
         }
         self._move("lane_fill", pid, given, timeout)
 
-    def lane_drop(self, tid: int, start: int, end: int, *, timeout: float) -> None:
+    def lane_drop(
+        self, group: str, ranges: list[tuple[int, int, int]], *, threads: int, timeout: float
+    ) -> None:
         """lane.drop in a helper, which begins nothing after `timeout` seconds.
 
         Raises LaneError where it failed, or was not done in time: its text says how much is left.
-        CallAbandoned and HelperDied as lane_write does: how much is left is not known then, and
-        the process may be spoiled, if it was in the middle of the call."""
-        given = {"start": start, "end": end, "seconds": timeout}
-        self._move("lane_drop", tid, given, timeout + _DROP_SECONDS)
+        CallAbandoned and HelperDied as lane_write does: how much is left is not known then, the
+        group may be thawed, and a process may be spoiled, if it was in the middle of the call."""
+        given = {"group": group, "ranges": ranges, "threads": threads, "seconds": timeout}
+        self._move("lane_drop", ranges[0][0], given, timeout + _DROP_SECONDS)
 
     def close(self) -> None:
         """Lets the helpers go; calls under way fail with HelperDied. A later call starts anew."""
@@ -191,7 +193,7 @@ class Driver:
         import json
 
         helper, call = self._send(action, pid, json.dumps(given), _LANES)
-        what = f"pid {pid}: the {action} of {given['start']:x}"
+        what = f"pid {pid}: the {action}" + (f" of {given['start']:x}" if "start" in given else "")
         if not call.came_back.wait(timeout):
             helper.kill()
             ended = "killed" if helper.gone.wait(_KILL_SECONDS) else "killed but is STILL THERE"

@@ -346,7 +346,7 @@ class _Suspend:
             process.state = GONE
             return
         if new:
-            process.region = new[0]
+            process.region, process.regions = new[0], new
             process.device_bytes = new[0][1] - new[0][0]
         else:
             process.note = "the driver reports a copy, but no memory appeared in the process"

@@ -107,7 +107,7 @@ def _move(action: str, pid: int, argument: str) -> str:
         case "lane_fill":
             lane.fill(pid, **{**given, "shards": [Shard(*plain) for plain in given["shards"]]})
         case "lane_drop":
-            lane.drop(pid, **given)
+            lane.drop(**given)
         case _:
             raise LibraryError(f"no such action: {action!r}")
     return ""

@@ -40,22 +40,30 @@ class Injected:
 
     def __init__(self, pid: int, gate: int, registers: Any, libc: Any) -> None:
         self._pid, self._gate, self._registers, self._libc = pid, gate, registers, libc
+        self._number = 0
 
     def call(self, number: int, *arguments: int) -> int:
         """The call's result. Raises InjectionError where it is an error."""
+        self.begin(number, *arguments)
+        return self.result()
+
+    def begin(self, number: int, *arguments: int) -> None:
+        """Lets the call go off: others can be begun in other threads meanwhile."""
         now: Any = ffi.new("user_registers *", self._registers[0])
         now.rax, now.orig_rax, now.rip = number, _NO_CALL, self._gate
         given = (*arguments, 0, 0, 0, 0, 0, 0)
         now.rdi, now.rsi, now.rdx, now.r10, now.r8, now.r9 = (a % 2**64 for a in given[:6])
         _set_registers(self._libc, self._pid, now)
-        while True:
+        self._number = number
+        _ptrace(self._libc, _SINGLESTEP, self._pid)
+
+    def result(self) -> int:
+        """What the call that was begun has given. Raises InjectionError where it is an error."""
+        while _wait(self._pid, _STOP_SECONDS) != (signal.SIGTRAP << 8 | 0x7F):
             _ptrace(self._libc, _SINGLESTEP, self._pid)
-            status = _wait(self._pid, _STOP_SECONDS)
-            if status == (signal.SIGTRAP << 8 | 0x7F):
-                break
         result: int = _get_registers(self._libc, self._pid).rax
         if result >= 2**64 - _MAX_ERRNO:
-            raise InjectionError(f"system call {number}: {os.strerror(2**64 - result)}")
+            raise InjectionError(f"system call {self._number}: {os.strerror(2**64 - result)}")
         return result
 
     def write(self, address: int, data: bytes) -> None:
@@ -66,31 +74,57 @@ class Injected:
 
 @contextmanager
 def stopped(pid: int) -> Iterator[Injected]:
-    """The process, stopped at its main thread as long as this lasts, or at the thread that `pid`
-    is; its other threads go on. Raises InjectionError."""
+    """The process, stopped at its main thread as long as this lasts. Raises InjectionError."""
+    seize(pid)
+    try:
+        wait_for_stop(pid)
+        with calling(pid) as injected:
+            yield injected
+    finally:
+        let_go(pid)
+
+
+def seize(tid: int) -> None:
+    """Has a thread stop, if it runs, and stay so until `let_go` or the end of the calling thread.
+    Raises InjectionError."""
     if platform.machine() != "x86_64":
         raise InjectionError(f"not done on {platform.machine()}")
     libc: Any = ffi.dlopen(None)
-    gate = _gate(pid)
-    _ptrace(libc, _SEIZE, pid)
+    _ptrace(libc, _SEIZE, tid)
+    _ptrace(libc, _INTERRUPT, tid)
+
+
+def wait_for_stop(tid: int) -> int:
+    """Returns the signal that `let_go` must give it, 0 for none: one on the way to the thread may
+    stop it sooner than we do. Raises InjectionError."""
+    status = _wait(tid, _STOP_SECONDS)
+    return 0 if status >> 16 else os.WSTOPSIG(status)
+
+
+@contextmanager
+def calling(tid: int) -> Iterator[Injected]:
+    """A thread that was seized and has stopped, to make calls. Raises InjectionError."""
+    libc: Any = ffi.dlopen(None)
+    gate = _gate(tid)
+    registers = _get_registers(libc, tid)
+    before = ffi.new("uint64_t *")
+    all_but_steps = ffi.new("uint64_t *", ~(1 << (signal.SIGTRAP - 1)) % 2**64)
+    _ptrace(libc, _GETSIGMASK, tid, 8, before)
+    _ptrace(libc, _SETSIGMASK, tid, 8, all_but_steps)
     try:
-        _ptrace(libc, _INTERRUPT, pid)
-        _wait(pid, _STOP_SECONDS)
-        registers = _get_registers(libc, pid)
-        before = ffi.new("uint64_t *")
-        all_but_steps = ffi.new("uint64_t *", ~(1 << (signal.SIGTRAP - 1)) % 2**64)
-        _ptrace(libc, _GETSIGMASK, pid, 8, before)
-        _ptrace(libc, _SETSIGMASK, pid, 8, all_but_steps)
-        try:
-            yield Injected(pid, gate, registers, libc)
-        finally:
-            _set_registers(libc, pid, registers)
-            _ptrace(libc, _SETSIGMASK, pid, 8, before)
+        yield Injected(tid, gate, registers, libc)
     finally:
-        try:
-            _ptrace(libc, _DETACH, pid)
-        except InjectionError:
-            pass  # it has ended, or never stopped: then the end of this thread lets go of it
+        _set_registers(libc, tid, registers)
+        _ptrace(libc, _SETSIGMASK, tid, 8, before)
+
+
+def let_go(tid: int, signal_due: int = 0) -> None:
+    """The thread goes on as it was before `seize`."""
+    libc: Any = ffi.dlopen(None)
+    try:
+        _ptrace(libc, _DETACH, tid, data=ffi.cast("void *", signal_due))
+    except InjectionError:
+        pass  # it has ended, or never stopped: then the end of the calling thread lets go of it
 
 
 def _gate(pid: int) -> int:

@@ -7,6 +7,7 @@ Made by `engine.suspend`, used by `engine.resume`, and after a restore on anothe
 from __future__ import annotations
 
 from shim.cuda.discovery import Candidate
+from shim.cuda.shards import Shard
 
 TYPE_CHECKING = False  # as in `engine`
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Process:
     gpus: the same by GPU, UUID -> bytes, as far as it is known.
     device_bytes, region: size and [start, end) of the memory region that appeared in the process
         while the driver copied: its device memory, on the host. 0 and None if none was seen.
+    regions: all that appeared, the largest first.
+    lane: the files that hold regions of it, which CRIU did not see then.
+    dropped_to: the directory of these files, while the process lacks what is in them; else "".
     image, image_bytes: the file of the checkpoint that holds it, and how much of it was ever
         written to by the driver and so is there; "" and 0 as long as that is not known.
     note: what is odd about it, or "".
@@ -39,14 +43,17 @@ class Process:
         "before",
         "comm",
         "device_bytes",
+        "dropped_to",
         "gpus",
         "held_bytes",
         "image",
         "image_bytes",
         "inner",
+        "lane",
         "note",
         "pid",
         "region",
+        "regions",
         "restore_tid",
         "start_time",
         "state",
@@ -68,6 +75,9 @@ class Process:
         gpus: dict[str, int] | None = None,
         device_bytes: int = 0,
         region: tuple[int, int] | None = None,
+        regions: list[tuple[int, int]] | None = None,
+        lane: list[Shard] | None = None,
+        dropped_to: str = "",
         image: str = "",
         image_bytes: int = 0,
         note: str = "",
@@ -84,6 +94,9 @@ class Process:
         self.gpus = gpus if gpus is not None else {}
         self.device_bytes = device_bytes
         self.region = region
+        self.regions = regions if regions is not None else []
+        self.lane = lane if lane is not None else []
+        self.dropped_to = dropped_to
         self.image = image
         self.image_bytes = image_bytes
         self.note = note
@@ -95,13 +108,22 @@ class Process:
         plain: Plain = {name: getattr(self, name) for name in self.__slots__}
         plain["inner"] = list(self.inner)
         plain["region"] = list(self.region) if self.region else None
+        plain["regions"] = [list(region) for region in self.regions]
+        plain["lane"] = [shard.plain() for shard in self.lane]
         return plain
 
     @classmethod
     def from_dict(cls, plain: Plain) -> Process:
         """Raises KeyError or TypeError where `plain` was not made by to_dict."""
         region = plain["region"]
-        return cls(**{**plain, "region": tuple(region) if region else None})
+        return cls(
+            **{
+                **plain,
+                "region": tuple(region) if region else None,
+                "regions": [(start, end) for start, end in plain.get("regions", [])],
+                "lane": [Shard(*shard) for shard in plain.get("lane", [])],
+            }
+        )
 
 
 class Suspension:

@@ -59,7 +59,22 @@ class Stored:
                 self.contents = contents.read(self.images, self.device_regions())
             except (ImageError, OSError) as error:
                 self.contents_error = str(error)
+            else:
+                self._add_lane(self.contents)
         return self.contents
+
+    def _add_lane(self, found: Contents) -> None:
+        """CRIU's images do not speak of what the lane has moved past them."""
+        tasks = {task.pid: task for task in found.tasks}
+        for process in self.manifest.cuda_processes if self.manifest else []:
+            lane, inner = process.get("lane"), process.get("inner")
+            task = tasks.get(inner[-1]) if isinstance(inner, list) and inner else None
+            if task is None or not isinstance(lane, list):
+                continue
+            sizes = [one[2] for one in lane if isinstance(one, list) and len(one) == 4]
+            size = sum(size for size in sizes if isinstance(size, int))
+            if size:
+                task.memory["device"] = task.memory.get("device", 0) + size
 
     def device_regions(self) -> dict[int, list[tuple[int, int]]]:
         """Where in each process the copy of its device memory lies, by pid in the container."""

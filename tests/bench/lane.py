@@ -17,6 +17,7 @@ from typing import Any
 from shim import digests
 from shim.cuda import lane
 from shim.cuda.shards import Shard, cut
+from tests.cuda.freezer import Freezer
 
 _CHILD = """
 import ctypes, mmap, os, sys
@@ -47,12 +48,17 @@ def main() -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
         assert child.stdout
         start = int(child.stdout.readline())
+        group = Freezer(f"grit-bench-{os.getpid()}")
+        group.add(child.pid)
         for threads in options.threads:
-            measure(options, child.pid, start, start + size, threads)
+            measure(options, group, child.pid, start, start + size, threads)
         child.communicate()
+        group.remove()
 
 
-def measure(options: argparse.Namespace, pid: int, start: int, end: int, threads: int) -> None:
+def measure(
+    options: argparse.Namespace, group: Freezer, pid: int, start: int, end: int, threads: int
+) -> None:
     place: Path = options.directory
     shards = cut(start, end, "lane-", threads)
     said = f"{threads} threads, {len(shards)} files:"
@@ -78,7 +84,8 @@ def measure(options: argparse.Namespace, pid: int, start: int, end: int, threads
 
         made = timed(f"{said} memory written, {algorithm}", end - start, write)
         timed(f"{said} memory filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
-        lane.drop(pid, start, end, seconds=60)
+        with group.frozen():
+            lane.drop(group.directory, [(pid, start, end)], threads=threads, seconds=60)
         timed(f"{said} dropped, then filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
         clear(place)
 

@@ -32,6 +32,10 @@ class Freezer:
             self._on, self._off, self._shown = "FROZEN", "THAWED", "freezer.state"
         self._directory.mkdir()
 
+    @property
+    def directory(self) -> str:
+        return str(self._directory)
+
     def add(self, pid: int) -> None:
         (self._directory / "cgroup.procs").write_text(str(pid))
 

@@ -157,8 +157,20 @@ def fill(
     )
 
 
-def drop(driver: Driver, child: Child, *, thread: int = 0, end: int = 0) -> None:
-    driver.lane_drop(thread or child.pid, child.start, end or child.end, timeout=60)
+Drop = Callable[..., None]
+
+
+@pytest.fixture
+def drop(driver: Driver, child: Child, freezer: Freezer) -> Drop:
+    """Of the child's memory, frozen meanwhile."""
+    freezer.add(child.pid)
+
+    def dropped(*, end: int = 0) -> None:
+        ranges = [(child.pid, child.start, end or child.end)]
+        with freezer.frozen():
+            driver.lane_drop(freezer.directory, ranges, threads=2, timeout=60)
+
+    return dropped
 
 
 def resident(child: Child) -> int:
@@ -176,7 +188,13 @@ def lanes(place: Path) -> list[str]:
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 @pytest.mark.parametrize("algorithm", [digests.SHA256, digests.XXH3])
 def test_memory_goes_to_files_and_back(
-    driver: Driver, child: Child, write: Write, tmp_path: Path, algorithm: str, direct: bool
+    driver: Driver,
+    child: Child,
+    write: Write,
+    tmp_path: Path,
+    algorithm: str,
+    direct: bool,
+    drop: Drop,
 ) -> None:
     before = child.ask("digest()")
     shards = write(algorithm=algorithm, direct=direct)
@@ -191,7 +209,7 @@ def test_memory_goes_to_files_and_back(
         assert (tmp_path / shard.name).stat().st_mode & 0o777 == 0o600
     assert whole.hexdigest() == before == child.ask("digest()")
 
-    drop(driver, child)
+    drop()
     assert resident(child) == 0
     assert child.ask("memory.find(b'\\1')") == "-1"
     fill(driver, child, tmp_path, shards, fresh=True, algorithm=algorithm)
@@ -199,7 +217,7 @@ def test_memory_goes_to_files_and_back(
 
 
 def test_zeros_are_holes_in_the_file_and_are_not_put_into_fresh_memory(
-    driver: Driver, child: Child, write: Write, tmp_path: Path
+    driver: Driver, child: Child, write: Write, tmp_path: Path, drop: Drop
 ) -> None:
     untouched = resident(child)
     shards = write()
@@ -208,7 +226,7 @@ def test_zeros_are_holes_in_the_file_and_are_not_put_into_fresh_memory(
     blocks = sum((tmp_path / shard.name).stat().st_blocks for shard in shards)
     assert blocks * 512 <= SIZE - empty + MIB  # the file system's own
 
-    drop(driver, child)
+    drop()
     fill(driver, child, tmp_path, shards, fresh=True)
     assert resident(child) == (SIZE - empty) // 4096
 
@@ -310,7 +328,7 @@ def test_memory_that_cannot_be_filled_is_told_by_its_address(
 
 
 def test_a_process_that_has_ended_is_told(
-    driver: Driver, write: Write, child: Child, tmp_path: Path
+    driver: Driver, write: Write, child: Child, tmp_path: Path, drop: Drop
 ) -> None:
     shards = write(prefix="lane-2-")
     child.process.kill()
@@ -319,7 +337,7 @@ def test_a_process_that_has_ended_is_told(
         with pytest.raises(LaneError, match=rf"pid {child.pid}\b.*has ended"):
             attempt()
     with pytest.raises(LaneError, match=f"pid {child.pid} has ended"):
-        drop(driver, child)
+        drop()
     assert lanes(tmp_path) == [shard.name for shard in shards]
 
 
@@ -332,7 +350,6 @@ def sleeping_in(pid: int, call: str) -> bool:
 
 
 READ = "310"  # process_vm_readv
-FROZEN = "is frozen, and can drop no memory|did not stop within"  # cgroup v2, v1
 
 
 def later(action: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
@@ -395,56 +412,51 @@ def test_a_fill_that_is_given_up_writes_nothing_more(
     assert driver.call("state", child.pid, timeout=10).started  # driver calls have a helper still
 
 
-def test_a_drop_is_made_by_the_thread_it_is_told(driver: Driver, child: Child) -> None:
-    assert child.thread != child.pid
-    drop(driver, child, thread=child.thread)
-    assert resident(child) == 0
-    assert child.ask("other.is_alive()") == "True"
-
-
-def test_memory_of_a_file_is_not_dropped(driver: Driver, child: Child) -> None:
+def test_memory_of_a_file_is_not_dropped(driver: Driver, child: Child, drop: Drop) -> None:
     child.ask("share()")
     before = child.ask("digest()")
     with pytest.raises(LaneError, match=r"is not private memory all through.*nothing was"):
-        drop(driver, child)
+        drop()
     assert child.ask("digest()") == before
 
 
-def test_memory_that_is_not_mapped_is_not_dropped(driver: Driver, child: Child) -> None:
+def test_memory_that_is_not_mapped_is_not_dropped(driver: Driver, child: Child, drop: Drop) -> None:
     before = child.ask("digest()")
     with pytest.raises(LaneError, match="nothing was"):
-        drop(driver, child, end=child.end + (1 << 40))
+        drop(end=child.end + (1 << 40))
     assert child.ask("digest()") == before
 
 
-def test_locked_memory_is_not_dropped_and_it_is_told(driver: Driver, child: Child) -> None:
+def test_locked_memory_is_not_dropped_and_it_is_told(
+    driver: Driver, child: Child, drop: Drop
+) -> None:
     pages = resident(child)
     child.ask(f"lock({12 * MIB}, 4096)")
-    with pytest.raises(LaneError, match=r"Invalid argument; (\d+) of \d+ pages are still") as info:
-        drop(driver, child)
+    told = r"Invalid argument; pid \d+: \d+ of \d+ pages at \w+ are still there"
+    with pytest.raises(LaneError, match=told) as info:
+        drop()
     assert 0 < resident(child) <= pages
     assert f"{resident(child)} of" in str(info.value)
     assert child.ask("1 + 1") == "2"
 
 
-def test_a_frozen_thread_is_not_asked_to_drop(
-    driver: Driver, child: Child, freezer: Freezer
-) -> None:
+def test_a_running_process_drops_nothing(driver: Driver, child: Child, freezer: Freezer) -> None:
     before = child.ask("digest()")
     freezer.add(child.pid)
-    with freezer.frozen(), pytest.raises(LaneError, match=FROZEN):
-        drop(driver, child)
+    with pytest.raises(LaneError, match="is not frozen"):
+        ranges = [(child.pid, child.start, child.end)]
+        driver.lane_drop(freezer.directory, ranges, threads=2, timeout=60)
     assert child.ask("digest()") == before
 
 
 def test_a_frozen_process_is_written_and_filled(
-    driver: Driver, child: Child, write: Write, freezer: Freezer, tmp_path: Path
+    driver: Driver, child: Child, write: Write, freezer: Freezer, tmp_path: Path, drop: Drop
 ) -> None:
     before = child.ask("digest()")
     freezer.add(child.pid)
     with freezer.frozen():
         shards = write()
-    drop(driver, child)
+    drop()
     with freezer.frozen():
         fill(driver, child, tmp_path, shards, fresh=True)
     assert child.ask("digest()") == before

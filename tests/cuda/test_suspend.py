@@ -438,6 +438,7 @@ def test_a_frozen_process_is_never_asked(
     freezer.add(one.pid)
     with freezer.frozen():
         driver.close()
+        until(lambda: helpers() == [])
         assert engine.missed(suspension, [one.pid]) == []
         assert [c.pid for c in discovery.candidates([one.pid])] == [one.pid]
         with pytest.raises(CudaError, match="frozen by cgroup") as caught:

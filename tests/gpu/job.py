@@ -74,8 +74,10 @@ class Job:
         places = ["--image-path", images, "--work-path", f"{images}.work"]
         return ["task", "checkpoint", *places, self.name]
 
-    def checkpoint(self, images: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self._ctr(*self.checkpoint_words(images), check=check)
+    def checkpoint(
+        self, images: str, *flags: str, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        return self._ctr(*self.checkpoint_words(images), *flags, check=check)
 
     def _ctr(self, *words: str, check: bool) -> subprocess.CompletedProcess[str]:
         done: subprocess.CompletedProcess[str] = self.machine.ctr(*words, check=check, timeout=300)

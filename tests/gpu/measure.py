@@ -15,6 +15,7 @@ from typing import Any
 from tests.gpu.job import Job
 
 Row = dict[str, Any]
+_PHASES = ("suspend", "freeze", "lane_write", "lane_drop", "dump", "checksums")
 _FIELD = re.compile(r'([\w.]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
 
 
@@ -65,6 +66,9 @@ def checkpoint(job: Job, images: str) -> Row:
         **row,
         "checkpoint": seconds,
         "frozen": frozen.seconds,
+        "lane_fill": number(
+            logged(job.machine, "device memory filled in again", job.name), "seconds"
+        ),
         "thaw": number(thawed, "seconds"),
         "restore": number(resumed, "restore"),
         "unlock": number(resumed, "unlock"),
@@ -80,6 +84,8 @@ def restore(job: Job, images: str) -> Row:
     row: Row = {"restored": time.monotonic() - begun}
     job.next()
     row["criu_restore"] = number(logged(job.machine, "restored", job.name), "seconds")
+    filled = logged(job.machine, "device memory filled in", job.name)
+    row["fill_after"] = number(filled, "seconds")
     given = logged(job.machine, "GPU restored", job.name)
     row["restore_after"] = number(given, "restore")
     row["unlock_after"] = number(given, "unlock")
@@ -103,7 +109,7 @@ def described(images: Path) -> Row:
         "device": sum(process["device_bytes"] for process in processes),
         "lock": longest(steps, "lock"),
         "copy": longest(steps, "checkpoint"),
-        **{name: phases.get(name) for name in ("suspend", "freeze", "dump", "checksums")},
+        **{name: phases.get(name) for name in _PHASES},
         "files": len(files),
         "bytes": sum(files.values()),
         "biggest": biggest,

@@ -42,7 +42,7 @@ def test_seed(
     engine: str,
     criu: str,
 ) -> None:
-    machine.configure(engine=engine, lock_timeout=30)
+    machine.configure(engine=engine, lock_timeout=30, lane="off")
     row = there_and_back(job("hold.py", "64"), images)
     results.row("seed", row)
     assert row["criu"].startswith(criu)

@@ -1,0 +1,276 @@
+"""The lane: device memory past CRIU, by many threads at once.
+
+What the driver has copied to the host is most of a GPU container's memory, and CRIU would move it
+with one thread. So, while the container stands frozen:
+
+    write    each such region to files of the draft, `lane-*.img`, synced
+    drop     the regions' pages, so that CRIU finds nothing there
+    refill   what was dropped, before anything of the container runs again; where its processes
+             are to end with the dump, only if that failed
+    fill     the regions of restored processes, which CRIU leaves stopped for as long
+
+Never a byte lost: what is dropped is whole in files that stay until it was filled in again. Where
+the lane cannot be used CRIU moves it all, as without; the log says why.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from shim import digests, gpu, log
+from shim.cuda import discovery
+from shim.cuda.errors import CudaError
+from shim.cuda.suspension import Process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shim.config import GritOptions
+    from shim.container import Container, Restore
+    from shim.cuda.driver import Driver
+    from shim.cuda.shards import Shard
+    from shim.manifest import Manifest
+
+PREFIX = "lane-"
+
+_MOST_THREADS = 16
+"""More did not help on 16 processors, and each holds a buffer of 4 MiB."""
+
+
+class NotRefilled(Exception):
+    """Device memory is in files and not in its process, which must not run without it."""
+
+
+def write_and_drop(container: Container, directory: str) -> dict[str, str]:
+    """Takes the device memory out of the frozen container's processes and into `directory`, as far
+    as that is worth it and can be done. The digests of the files by name.
+
+    Raises NotRefilled if a process was left without some of its memory, which is in the files."""
+    suspended = container.suspension
+    if suspended is None or suspended.engine != "driver" or container.config.lane == "off":
+        return {}
+    took = [one for one in suspended.processes if _regions(one, container.config.lane_from)]
+    if not took:
+        return {}
+    began = time.monotonic()
+    with gpu.helper(container.config) as driver:
+        try:
+            for process in took:
+                process.lane = _written(container, driver, process, directory)
+            written = round(time.monotonic() - began, 6)
+            for process in took:
+                process.dropped_to = directory  # before it is true: see `refill`
+            driver.lane_drop(
+                container.freezer(),
+                [(p.pid, start, end) for p in took for start, end in _spans(p)],
+                threads=_threads(container.config),
+                timeout=container.config.dump_timeout,
+            )
+        except CudaError as error:
+            log.warning(
+                "CRIU is to move the device memory: the lane cannot be used",
+                id=container.id,
+                reason=error,
+            )
+            refill(container)
+            for process in took:
+                for shard in process.lane:
+                    os.unlink(os.path.join(directory, shard.name))
+                process.lane = []
+            return {}
+    size = sum(shard.size for process in took for shard in process.lane)
+    container.phases |= {"lane_write": written, "lane_drop": time.monotonic() - began - written}
+    container.sizes["lane"] = size
+    log.info(
+        "device memory written past CRIU",
+        id=container.id,
+        phase="lane",
+        bytes=size,
+        files=sum(len(process.lane) for process in took),
+        write=round(written, 3),
+        drop=round(time.monotonic() - began - written, 3),
+    )
+    return {shard.name: shard.digest for process in took for shard in process.lane}
+
+
+def moved(container: Container, directory: str) -> None:
+    """The files are in `directory` now."""
+    for process in _dropped(container):
+        process.dropped_to = directory
+
+
+def refill(container: Container) -> None:
+    """Puts back what was dropped; nothing, if nothing was. To be called before a thaw; can be
+    called again. Raises NotRefilled."""
+    dropped = _dropped(container)
+    if not dropped:
+        return
+    began = time.monotonic()
+    with gpu.helper(container.config) as driver:
+        for process in dropped:
+            if not discovery.alive(process.pid, process.start_time):
+                process.dropped_to = ""
+                continue
+            try:
+                directory, algorithm = process.dropped_to, digests.algorithm(container.config)
+                _filled(container, driver, process, directory, algorithm, fresh=False)
+            except CudaError as error:
+                raise NotRefilled(
+                    f"container {container.id}: the device memory of {process} is in "
+                    f"{process.dropped_to}/{PREFIX}* and not in the process: {error}. The "
+                    "container must not run like this, and stays frozen. Remove the cause and "
+                    f"resume it: ctr -n {container.namespace} task resume {container.id}"
+                ) from error
+            process.dropped_to = ""
+    container.phases["lane_fill"] = time.monotonic() - began
+    log.info(
+        "device memory filled in again",
+        id=container.id,
+        phase="lane_fill",
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def is_dropped(container: Container) -> bool:
+    return bool(_dropped(container))
+
+
+def fill_restored(container: Container, found: Restore) -> None:
+    """Fills in the regions of restored processes, which stand still. Raises CudaError, and then no
+    process may run."""
+    assert found.manifest is not None
+    wanted = {process.inner: process for process in found.processes if process.lane}
+    began = time.monotonic()
+    with gpu.helper(container.config) as driver:
+        for pid in container.pids():
+            try:
+                inner = discovery.identify(pid).inner
+            except (OSError, discovery.ProcessGone):
+                continue
+            process = wanted.pop(inner, None)
+            if process is not None:
+                process.pid = pid
+                algorithm = found.manifest.files[process.lane[0].name].algorithm
+                _filled(container, driver, process, found.images, algorithm, fresh=True)
+    if wanted:
+        lost = ", ".join(map(str, wanted.values()))
+        raise CudaError(f"{lost}: not among the restored processes", {})
+    container.phases["lane_fill"] = time.monotonic() - began
+    log.info(
+        "device memory filled in",
+        id=container.id,
+        phase="lane_fill",
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def files(manifest: Manifest) -> set[str]:
+    """Those of the lane, where the manifest has the same digest for them; none if its
+    `cuda_processes` are not as we write them, as whoever restores them will find."""
+    try:
+        shards = [s for plain in manifest.cuda_processes for s in Process.from_dict(plain).lane]
+    except (KeyError, TypeError, ValueError):
+        return set()
+    return {
+        shard.name
+        for shard in shards
+        if shard.name in manifest.files and manifest.files[shard.name].digest == shard.digest
+    }
+
+
+def let_run(container: Container, directory: str) -> None:
+    """Has the restored processes go on, but for those that were stopped when they were dumped:
+    children before their parents, who might otherwise take notice of a child that has stopped."""
+    from shim.criu_bridge import contents, images
+
+    pids = {}
+    for pid in container.pids():
+        try:
+            pids[discovery.identify(pid).inner[0]] = pid
+        except (OSError, discovery.ProcessGone):
+            continue
+    for process in reversed(images.processes(directory)):
+        inner = process.pid or 0
+        if inner in pids and not contents.was_stopped(directory, inner):
+            try:
+                os.kill(pids[inner], signal.SIGCONT)
+            except ProcessLookupError:
+                continue
+
+
+def _dropped(container: Container) -> list[Process]:
+    processes = container.suspension.processes if container.suspension else []
+    return [process for process in processes if process.dropped_to]
+
+
+def _regions(process: Process, least: int) -> list[tuple[int, int]]:
+    """What is worth a file of its own."""
+    found = discovery.anonymous_memory(process.pid)
+    return [
+        (start, end)
+        for start, end in process.regions
+        if end - start >= least and any(s <= start and end <= e for s, e in found)
+    ]
+
+
+def _written(container: Container, driver: Driver, process: Process, directory: str) -> list[Shard]:
+    settings = container.config
+    shards: list[Shard] = []
+    for number, (start, end) in enumerate(_regions(process, settings.lane_from)):
+        shards += driver.lane_write(
+            process.pid,
+            start,
+            end,
+            directory,
+            f"{PREFIX}{process.inner[0]}-{number}-",
+            threads=_threads(settings),
+            direct=settings.lane_direct,
+            algorithm=digests.algorithm(settings),
+            timeout=settings.dump_timeout,
+        )
+    return shards
+
+
+def _filled(
+    container: Container,
+    driver: Driver,
+    process: Process,
+    directory: str,
+    algorithm: str,
+    *,
+    fresh: bool,
+) -> None:
+    for shards in _ranges(process.lane):
+        driver.lane_fill(
+            process.pid,
+            shards[0].start,
+            directory,
+            shards,
+            threads=_threads(container.config),
+            fresh=fresh,
+            algorithm=algorithm,
+            timeout=container.config.dump_timeout,
+        )
+
+
+def _ranges(shards: list[Shard]) -> Iterator[list[Shard]]:
+    """Those of one region together."""
+    part: list[Shard] = []
+    for shard in shards:
+        if part and part[-1].start + part[-1].size != shard.start:
+            yield part
+            part = []
+        part.append(shard)
+    if part:
+        yield part
+
+
+def _spans(process: Process) -> list[tuple[int, int]]:
+    return [(part[0].start, part[-1].start + part[-1].size) for part in _ranges(process.lane)]
+
+
+def _threads(settings: GritOptions) -> int:
+    return settings.lane_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)

@@ -1,0 +1,105 @@
+"""The lane under stock containerd: device memory goes past CRIU and comes back, whole or not at
+all."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shim.criu_bridge import images as criu_images
+from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
+from tests.simgpu import simgpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.e2e.gpu import Job
+    from tests.nodes.node import Node
+    from tests.simgpu.simgpu import SimGpu
+
+    Place = tuple[Node, SimGpu]
+    StartJob = Callable[..., Job]
+
+MIB = 1 << 20
+SETTINGS = {"engine": "driver", "lane_from": MIB}
+
+
+def manifest(node: Node, images: str) -> Any:
+    return json.loads(node.path(f"{images}/grit.json").read_text())
+
+
+def lane_bytes(node: Node, images: str) -> int:
+    """Of the files that the manifest says are the lane's, all of which are there."""
+    shards = [s for process in manifest(node, images)["cuda_processes"] for s in process["lane"]]
+    assert {s[0] for s in shards} == {
+        entry.name for entry in node.path(images).iterdir() if entry.name.startswith("lane-")
+    }
+    return sum(size for _, _, size, _ in shards)
+
+
+def test_goes_on_with_its_memory_filled_in_again(
+    gpu_node: Place, start_job: StartJob, images: str
+) -> None:
+    node, board = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job("--procs", "ctx,ctx", runtime=honouring(node))
+    before = job.next_report()
+    job.checkpoint_task(images)
+    assert job.status() == "RUNNING"
+    assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
+    go_on(before, job.next_report())
+    assert lane_bytes(node, images) >= 3 * 4 * MIB
+    for process in manifest(node, images)["cuda_processes"]:
+        inner, regions = process["inner"][0], [tuple(region) for region in process["regions"]]
+        _, seen = criu_images.pages_within(str(node.path(images)), inner, regions)
+        assert seen < 4 * MIB  # by CRIU
+
+
+def test_ends_and_comes_back(gpu_node: Place, start_job: StartJob, images: str) -> None:
+    node, board = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job("--procs", "ctx,cpu", runtime=honouring(node))
+    names = [STATUS, f"{STATUS}.p0", f"{STATUS}.p1"]
+    before = [job.next_report(name) for name in names]
+    job.checkpoint_task(images, "--exit")
+    until("the container's end", lambda: job.status() == "STOPPED")
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+    assert lane_bytes(node, images) >= 2 * 4 * MIB
+    again = restored_by_annotation(start_job, images)
+    for name, one in zip(names, before, strict=True):
+        go_on(one, again.next_report(name))
+    for name in names:
+        counts = [report.counter for report in again.reports(name)]
+        assert counts == list(range(len(counts)))
+    again.checkpoint_task(f"{images}2", check=False)  # once more, from what came back
+    assert board.library.state(again.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
+
+
+@pytest.mark.parametrize("how", ["flipped", "short", "gone"])
+def test_a_damaged_file_is_refused_before_anything_runs(
+    gpu_node: Place, start_job: StartJob, images: str, how: str
+) -> None:
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    job.checkpoint_task(images, "--exit")
+    until("the container's end", lambda: job.status() == "STOPPED")
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+    (shard,) = node.path(images).glob("lane-*")
+    data = shard.read_bytes()
+    if how == "flipped":
+        shard.write_bytes(data[:9999] + bytes([data[9999] ^ 4]) + data[10000:])
+    elif how == "short":
+        shard.write_bytes(data[:-1])
+    else:
+        shard.unlink()
+    note = f"--annotation=grit.dev/checkpoint={images.removesuffix('/checkpoint')}"
+    again = start_job(options=[note], run=False)
+    done = again.try_run()
+    assert done.returncode != 0
+    assert shard.name in done.stderr
+    assert again.status() in ("", "STOPPED", "CREATED")
