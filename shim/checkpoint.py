@@ -25,6 +25,7 @@ from shim import (
     cri,
     devices,
     digests,
+    failpoint,
     fit,
     gpu,
     headroom,
@@ -144,10 +145,12 @@ def resume(container: Container) -> None:
             # A CRIU that was killed leaves it thawed. The inner shim does not look, and runc
             # resumes nothing that runs.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
+        failpoint.reach("thaw")
         container.ask("Resume")
         container.phases["thaw"] = _since(began)
         log.info("thawed", id=container.id, phase="thaw", seconds=container.phases["thaw"])
     if container.suspension is not None:
+        failpoint.reach("give-back")
         gpu.resume(container, container.suspension)
     container.forget_pause()
 
@@ -179,15 +182,18 @@ def suspend_and_freeze(container: Container, images: str | None) -> None:
     with gpu.helper(container.config) as driver:
         preflight.before_suspend(container, driver, images)
         for _ in range(_ROUNDS):
+            failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
             began = time.monotonic()
             try:
                 container.meet()
+                failpoint.reach("freeze")
                 container.ask("Pause")
             except BaseException:
                 if suspension:
                     gpu.resume(container, suspension)
                 raise
+            failpoint.reach("look-again")
             late = gpu.missed(container, suspension)
             if not late:
                 container.suspension = suspension or None
@@ -251,13 +257,16 @@ def _dump(
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
+            failpoint.reach("publish")
             whole = draft.publish(manifest, digested.stop(), in_lane, algorithm=algorithm)
+            failpoint.reach("let-go")
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
     algorithm = digests.algorithm(settings)
     digested = ahead.Ahead(draft.path, algorithm)
+    failpoint.reach("dump")
     try:
         with digested:
             result = client.dump(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from shim import headroom, log, places
+from shim import failpoint, headroom, log, places
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 
@@ -39,12 +39,16 @@ def suspend(container: Container, driver: Driver) -> Suspension:
         return Suspension()
     from shim.cuda import engine
 
+    def before_copy(processes: list[Process]) -> None:
+        failpoint.reach("copy")
+        headroom.make_room(container, processes)
+
     try:
         suspension = engine.suspend(
             container.pids,
             driver,
             policy(container.config),
-            before_copy=lambda processes: headroom.make_room(container, processes),
+            before_copy=before_copy,
         )
     except BaseException:
         headroom.put_back(container)

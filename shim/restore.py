@@ -22,6 +22,7 @@ from shim import (
     checkpoint_dir,
     cri,
     devices,
+    failpoint,
     fit,
     gpu,
     headroom,
@@ -79,6 +80,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         if not images:
             return None
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
+    failpoint.reach("verify")
     manifest = _verified(images, beside=not create.checkpoint)
     fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, saved_log)
@@ -94,6 +96,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         injections = injected.give_again(container, manifest, spec, found.given)
     _write_criu_config(container, spec, found, injections)
     create.checkpoint = images
+    failpoint.reach("create")
     return found
 
 
@@ -107,6 +110,7 @@ def fill(container: Container, filled_volumes: set[str]) -> None:
 
     found = container.restore
     assert found is not None
+    failpoint.reach("fill")
     volumes.put_back(bundle.read_spec(container.bundle), found.images, filled_volumes)
     if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
@@ -148,6 +152,7 @@ def start(container: Container, pod: Pod) -> bytes:
     began = time.monotonic()
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
+    failpoint.reach("restore")
     try:
         with _connections_of(container, found, pod):
             reply = container.ask("Start", messages.ExecRequest(id=container.id))
@@ -162,10 +167,12 @@ def start(container: Container, pod: Pod) -> bytes:
         _thaw(container)
         if any(process.lane for process in found.processes):
             lane.let_run(container, found.images)
+        failpoint.reach("restore-gpu")
         if found.processes:
             injected.make_device_files(container.runc_state().init_process_pid, found.given)
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)
             headroom.restored(container, found)
+        failpoint.reach("restored")
     except Exception as error:
         text = f"container {container.id}: restored from {found.images}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error

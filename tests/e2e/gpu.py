@@ -33,7 +33,14 @@ things (image and work path, --exit) for that name only."""
 NO_GPU_CHECK = {"CRIU_FAULT": "138"}
 """CRIU's own switch: its CUDA plugin runs where there is no NVIDIA driver."""
 
-ENVIRONMENT_OF_GRIT = {**NO_GPU_CHECK, "PATH": f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}"}
+FAILPOINTS = "/run/grit-failpoints"
+"""Where the shims look for what a test has them do: shim/failpoint.py."""
+
+ENVIRONMENT_OF_GRIT = {
+    **NO_GPU_CHECK,
+    "PATH": f"{GRIT_AS_RUNC}:{ENVIRONMENT['PATH']}",
+    "GRIT_FAILPOINTS": FAILPOINTS,
+}
 
 ON_A_TERMINAL = """
 import os, pty, sys
