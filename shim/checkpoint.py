@@ -28,8 +28,10 @@ from shim import (
     failpoint,
     fit,
     gpu,
+    group,
     headroom,
     injected,
+    journal,
     lane,
     log,
     messages,
@@ -48,6 +50,8 @@ from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
     from shim.cuda.suspension import Process
@@ -72,7 +76,11 @@ def pause(container: Container, connection: int) -> None:
     shim's StatusError, with the container running and its GPU its own.
     """
     if container.suspension is None:
-        suspend_and_freeze(container, images=None)
+        try:
+            suspend_and_freeze(container, images=None)
+        except BaseException:
+            journal.close(container)
+            raise
     else:
         container.ask("Pause")  # the stock words for a container that is paused already
     container.paused_by, container.orphanable = connection, False
@@ -91,6 +99,7 @@ def checkpoint(
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
     draft = checkpoint_dir.Draft.begin(target)
+    journal.note(container, journal.BEGUN, draft=draft.path, final=draft.final, checkpoint=None)
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
@@ -126,6 +135,12 @@ def checkpoint(
     finally:
         if container.kept is not draft:
             draft.discard()
+        if container.paused_by is None:
+            journal.close(container)
+        else:
+            made = draft.final if draft.published else None
+            left = draft.path if container.kept is draft else None
+            journal.note(container, journal.PAUSED, criu=None, draft=left, checkpoint=made)
 
 
 def resume(container: Container) -> None:
@@ -146,6 +161,7 @@ def resume(container: Container) -> None:
             # resumes nothing that runs.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
         failpoint.reach("thaw")
+        journal.note(container, journal.THAWING)
         container.ask("Resume")
         container.phases["thaw"] = _since(began)
         log.info("thawed", id=container.id, phase="thaw", seconds=container.phases["thaw"])
@@ -155,24 +171,18 @@ def resume(container: Container) -> None:
     container.forget_pause()
 
 
-def abandon(container: Container) -> None:
-    """Resumes a container whose client vanished between Checkpoint and Resume (containerd was
-    restarted, say): without this it would stand frozen for ever."""
+def abandon(container: Container, why: str, still: Callable[[], bool] = lambda: True) -> None:
+    """Resumes a container whose client has vanished, or so it seems: without this it would stand
+    frozen for ever. `still`: asked with the lock held, whether it is to be resumed all the same."""
     with container.lock:
-        if container.paused_by is None:
+        if container.paused_by is None or not still():
             return  # its Checkpoint ended it, or undid itself
         try:
             resume(container)
         except Exception as error:
-            log.error(
-                "the client of a checkpoint has gone and its container could not be resumed",
-                id=container.id,
-                error=error,
-            )
+            log.error(f"{why}; it could not be resumed", id=container.id, error=error)
         else:
-            log.warning(
-                "the client of a checkpoint has gone; its container runs on", id=container.id
-            )
+            log.warning(f"{why}; the container runs on", id=container.id)
 
 
 def suspend_and_freeze(container: Container, images: str | None) -> None:
@@ -185,19 +195,25 @@ def suspend_and_freeze(container: Container, images: str | None) -> None:
             failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
             began = time.monotonic()
+            frozen = False
             try:
                 container.meet()
                 failpoint.reach("freeze")
+                journal.note(container, journal.FREEZING)
                 container.ask("Pause")
+                frozen = True
+                failpoint.reach("look-again")
+                late = gpu.missed(container, suspension)
             except BaseException:
+                if frozen:
+                    container.ask("Resume")
                 if suspension:
                     gpu.resume(container, suspension)
                 raise
-            failpoint.reach("look-again")
-            late = gpu.missed(container, suspension)
             if not late:
                 container.suspension = suspension or None
                 container.froze_in = container.phases["freeze"] = _since(began)
+                journal.note(container, journal.PAUSED)
                 return
             log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
             container.ask("Resume")
@@ -258,15 +274,21 @@ def _dump(
             manifest = _manifest(container, opts)
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
+            journal.note(container, journal.PUBLISHING)
             whole = draft.publish(manifest, digested.stop(), in_lane, algorithm=algorithm)
             failpoint.reach("let-go")
+            journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
+    def dumped_by(pid: int) -> None:
+        journal.note(container, journal.DUMPING, criu=(pid, group.start_time(pid)))
+
     algorithm = digests.algorithm(settings)
     digested = ahead.Ahead(draft.path, algorithm)
     failpoint.reach("dump")
+    journal.note(container, journal.DUMPING)
     try:
         with digested:
             result = client.dump(
@@ -274,6 +296,7 @@ def _dump(
                 opts,
                 draft.path,
                 work,
+                on_start=dumped_by,
                 on_notify=notified,
                 deadline_s=settings.dump_timeout,
                 cancel=container.begin_dump(),

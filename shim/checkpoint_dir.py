@@ -757,6 +757,14 @@ def remove_abandoned(directory: str, base: str) -> None:
                 os.close(lock)
 
 
+def remove_draft(path: str) -> None:
+    """Removes a draft whose owner was killed. What cannot be removed is left."""
+    directory, name = os.path.split(path)
+    before, mark, _ = name.partition(_PARTIAL)
+    if mark:
+        remove_abandoned(directory, before.removeprefix("."))
+
+
 def _open_and_lock(path: str, *, unlockable: bool = True) -> int | None:
     """A descriptor holding the directory's lock; None if another has it or the directory went.
 

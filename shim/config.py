@@ -98,6 +98,7 @@ class GritOptions(_Settings):
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
     together_timeout: float = 60.0  # seconds
+    pause_timeout: float = 0.0  # seconds; 0: never
     lane: Literal["auto", "off"] = "auto"
     lane_from: int = 64 * 1024 * 1024  # bytes of a region
     lane_threads: int = 0  # as many as there are processors
@@ -173,6 +174,15 @@ def _seconds(high: int) -> Check:
     return check
 
 
+def _seconds_or_never(high: int) -> Check:
+    def check(value: object) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high:
+            return float(value)
+        raise ValueError(f"a number of seconds up to {high}, or 0 for never")
+
+    return check
+
+
 _UINT32 = 2**32 - 1
 
 # The TOML names are those of containerd's Go structure, which is what GRIT's file uses too.
@@ -209,6 +219,7 @@ _GRIT: dict[str, Check] = {
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
+    "pause_timeout": _seconds_or_never(7 * 24 * 3600),
     "lane": _one_of("auto", "off"),
     "lane_from": _integer(4096, 2**63 - 1),
     "lane_threads": _integer(0, 256),

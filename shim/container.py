@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 
-from shim import cgroup, messages, runcstate
+from shim import cgroup, journal, messages, runcstate
 from shim.cuda import discovery
 from shim.cuda.suspension import Process
 
@@ -85,7 +85,9 @@ class Container:
         "criu_version",
         "froze_in",
         "given",
+        "home",
         "id",
+        "journal",
         "kept",
         "lock",
         "meet",
@@ -102,6 +104,7 @@ class Container:
         "terminal",
         "together",
         "trace",
+        "watch",
     )
 
     def __init__(
@@ -144,6 +147,12 @@ class Container:
         """Of a failed checkpoint: its files are all there is of some device memory."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
+        self.home = ""
+        """The group's run directory."""
+        self.journal: dict[str, object] = {}
+        """What is noted of the operation under way: shim/journal.py."""
+        self.watch: threading.Timer | None = None
+        """Runs while it is paused and its client silent: shim/watchdog.py."""
         self.trace: dict[str, str] = {}
         """The trace that the operation under way belongs to, as its caller told it."""
         self.phases: dict[str, float] = {}
@@ -220,3 +229,4 @@ class Container:
         """The Pause has met its end: a Resume, or the end of all processes."""
         self.suspension = self.paused_by = None
         self.orphanable = False
+        journal.close(self)

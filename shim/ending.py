@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import os
 
-from shim import bundle, group
+from shim import bundle, group, journal, log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _BUDGET = 2.0
 """Seconds for ending the tasks. containerd gives a `delete` 5, and the stock delete follows."""
@@ -21,6 +25,9 @@ _GRACE = 1.0
 def end(home: str) -> None:
     """Ends what there still is of the group; for one whose inner shim has ended, or is about to,
     that is its records only."""
+    interrupted = journal.read(home)
+    for entry in interrupted.values():
+        _end_criu(entry.get("criu"))
     for folder in group.tasks(home).values():
         _end_dump(bundle.init_pid(folder))
     pid = group.living_process(home, "inner")
@@ -35,6 +42,53 @@ def end(home: str) -> None:
     for socket in group.sockets(home):
         group.unlink(socket)
     group.remove(home)
+    for id, entry in interrupted.items():
+        log.warning(f"a container ended with its shim's daemon, {_in_the_middle_of(entry)}", id=id)
+    _remove_drafts([str(entry["draft"]) for entry in interrupted.values() if entry.get("draft")])
+
+
+def _in_the_middle_of(entry: dict[str, Any]) -> str:
+    """What was under way, and what is left of it."""
+    phase = str(entry["phase"])
+    if entry.get("images"):
+        return f"{phase}; the checkpoint {entry['images']} is as it was: start it again"
+    if entry.get("checkpoint"):
+        return f"{phase}; its checkpoint {entry['checkpoint']} is whole: it can be restored"
+    if phase == journal.PUBLISHING:
+        return f"{phase}; if there is a checkpoint {entry['final']}, it is whole"
+    if entry.get("draft"):
+        return f"{phase}; of what it had written to {entry['draft']} nothing is kept"
+    return f"{phase}; no checkpoint was being written"
+
+
+def _end_criu(criu: object) -> None:
+    """Kills the CRIU that was the dead daemon's child, and what it has started, as whatever it is
+    waiting for: it might hold processes that are not the container's first, or be about to."""
+    if not isinstance(criu, list) or group.start_time(criu[0]) != criu[1]:
+        return
+    try:
+        os.killpg(criu[0], 9)  # it leads a session of its own: criu_bridge/transport.py
+    except OSError:
+        pass  # it has just ended
+
+
+def _remove_drafts(drafts: list[str]) -> None:
+    """Beside this process, which containerd gives 5 s: a draft may have a hundred gigabytes, and
+    lie where nothing answers."""
+    if not drafts or os.fork():
+        return
+    try:
+        os.setsid()
+        # containerd reads a `delete` to the end of its output, and others wait for the lock.
+        os.closerange(0, 1 << 16)
+        for _ in range(3):
+            os.open(os.devnull, os.O_RDWR)
+        from shim import checkpoint_dir
+
+        for draft in drafts:
+            checkpoint_dir.remove_draft(draft)
+    finally:
+        os._exit(0)
 
 
 def _end_dump(pid: int) -> None:

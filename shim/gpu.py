@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from shim import failpoint, headroom, log, places
+from shim import failpoint, headroom, journal, log, places
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 
@@ -35,12 +35,16 @@ def suspend(container: Container, driver: Driver) -> Suspension:
     to be made; before either, `headroom` has its say."""
     from shim.cuda.suspension import Suspension
 
-    if not discovery.candidates(container.pids()):
+    candidates = discovery.candidates(container.pids())
+    if not candidates:
         return Suspension()
     from shim.cuda import engine
 
+    journal.note(container, journal.LOCKING, processes=[c.key for c in candidates])
+
     def before_copy(processes: list[Process]) -> None:
         failpoint.reach("copy")
+        journal.note(container, journal.COPYING, processes=_keys(processes))
         headroom.make_room(container, processes)
 
     try:
@@ -67,6 +71,12 @@ def suspend(container: Container, driver: Driver) -> Suspension:
         size = sum(process.device_bytes for process in suspension.processes)
         container.phases["suspend"] = suspension.seconds
         container.sizes["device"] = size
+        journal.note(
+            container,
+            journal.SUSPENDED,
+            processes=_keys(suspension.processes),
+            engine=suspension.engine,
+        )
         log.info(
             "GPU suspended",
             id=container.id,
@@ -87,6 +97,7 @@ def resume(container: Container, suspension: Suspension) -> None:
     Raises CudaError naming those that have not; may then be called again."""
     from shim.cuda import engine
 
+    journal.note(container, journal.GIVING_BACK)
     with helper(container.config) as driver:
         try:
             engine.resume(suspension, driver, policy(container.config))
@@ -145,6 +156,10 @@ def resume_restored(
         )
     _log_resumed("GPU restored", container, restored)
     return restored
+
+
+def _keys(processes: list[Process]) -> list[tuple[int, int]]:
+    return [(process.pid, process.start_time) for process in processes]
 
 
 def _log_resumed(message: str, container: Container, processes: list[Process]) -> None:

@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["loads", "quote"]
+__all__ = ["dumps", "loads", "quote"]
 
 _SPACE = " \t\n\r"
 
@@ -28,6 +28,22 @@ class _Plain:
 
 
 _scan = make_scanner(_Plain)  # type: ignore[arg-type]
+
+
+def dumps(value: object) -> str:
+    """JSON of plain data: dictionaries with strings for keys, lists, tuples, strings, numbers,
+    booleans, None. Raises TypeError for anything else."""
+    if isinstance(value, str):
+        return quote(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{quote(key)}: {dumps(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(dumps, value)) + "]"
+    raise TypeError(f"{type(value).__name__} is no plain data")
 
 
 def loads(text: str) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 
-from shim import bundle, cri, log, messages, operation
+from shim import bundle, cri, journal, log, messages, operation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,16 +160,18 @@ class Pod:
             else:
                 self._release(pause)  # nobody wanted a checkpoint, or it failed
 
-    def abandon(self, one: Container) -> None:
-        """Resumes what a client that has gone had paused."""
+    def abandon(self, one: Container, why: str, still: Callable[[], bool] = lambda: True) -> None:
+        """Resumes what a client that has gone had paused, if that is `still` wanted when its turn
+        has come. `why` goes to the log."""
         from shim import checkpoint
 
         with self._turn:
             pause = self._pause
             if pause is not None and one.id in pause.members:
-                self._release_logged(pause, "the client of a pod's checkpoint has gone")
+                if one.paused_by is not None and still():
+                    self._release_logged(pause, f"container {one.id}: {why}")
                 return
-        checkpoint.abandon(one)
+        checkpoint.abandon(one, why, still)
 
     def forget(self, one: Container) -> None:
         """The container has ended: nobody waits for it any more."""
@@ -276,6 +278,7 @@ def _suspend_then_freeze(members: list[Container]) -> dict[str, Exception]:
             checkpoint.suspend_and_freeze(one, images=None)
         except Exception as error:
             failures[one.id] = error
+            journal.close(one)
             barrier.abort()
         finally:
             one.meet = alone

@@ -27,6 +27,7 @@ from shim import (
     gpu,
     headroom,
     injected,
+    journal,
     lane,
     log,
     messages,
@@ -153,6 +154,7 @@ def start(container: Container, pod: Pod) -> bytes:
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
     failpoint.reach("restore")
+    journal.note(container, journal.RESTORING, images=found.images)
     try:
         with _connections_of(container, found, pod):
             reply = container.ask("Start", messages.ExecRequest(id=container.id))
@@ -168,6 +170,7 @@ def start(container: Container, pod: Pod) -> bytes:
         if any(process.lane for process in found.processes):
             lane.let_run(container, found.images)
         failpoint.reach("restore-gpu")
+        journal.note(container, journal.RESTORING_GPU)
         if found.processes:
             injected.make_device_files(container.runc_state().init_process_pid, found.given)
             gpu.resume_restored(container, found.processes, found.engine, found.device_map)

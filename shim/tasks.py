@@ -7,13 +7,28 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
-from shim import bundle, config, container, group, log, messages, operation, options, pod
+from shim import (
+    bundle,
+    config,
+    container,
+    group,
+    journal,
+    log,
+    messages,
+    operation,
+    options,
+    pod,
+    watchdog,
+)
 from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.ttrpc import Call, Client, Forward
     from shim.ttrpc.handlers import Handler
+
+
+_CLIENT_GONE = "the client of a checkpoint has gone"
 
 
 class Tasks:
@@ -53,7 +68,7 @@ class Tasks:
         self._gone.add(connection)
         for one in list(self._containers.values()):
             if one.paused_by == connection and one.orphanable:
-                self._pod.abandon(one)
+                self._pod.abandon(one, _CLIENT_GONE)
 
     def settle(self) -> None:
         """Called when serving ends: waits for calls under way, since ending in the middle of a
@@ -72,7 +87,7 @@ class Tasks:
         except (config.ConfigError, ValueError) as error:
             raise StatusError(INVALID_ARGUMENT, f"container {request.id}: {error}") from error
         one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
-        one.together = together
+        one.together, one.home = together, self._home
         if request.checkpoint or bundle.annotations_of(spec).get(bundle.RESTORE_ANNOTATION):
             from shim import restore
 
@@ -96,15 +111,21 @@ class Tasks:
         from shim import restore
 
         with one.lock:
-            return operation.run(
-                one, "restore", call.metadata, lambda: restore.start(one, self._pod)
-            )
+            try:
+                return operation.run(
+                    one, "restore", call.metadata, lambda: restore.start(one, self._pod)
+                )
+            finally:
+                journal.close(one)
 
     def _pause(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
-        self._pod.pause(one, call.connection, call.metadata)
+        try:
+            self._pod.pause(one, call.connection, call.metadata)
+        finally:
+            watchdog.start(one, self._pod)
         self._check_caller(one, call)
         return b""
 
@@ -113,9 +134,11 @@ class Tasks:
         one = self._containers.get(request.id)
         if one is None:
             return FORWARD
+        watchdog.stop(one)
         try:
             self._pod.checkpoint(one, request, call.connection, call.metadata)
         finally:
+            watchdog.start(one, self._pod)
             self._check_caller(one, call)
         return b""
 
@@ -123,14 +146,18 @@ class Tasks:
         """A caller whose connection ended before it could be answered has not got what it asked
         for, and will not send the Resume that belongs to it."""
         if call.connection in self._gone and one.paused_by == call.connection:
-            self._pod.abandon(one)
+            self._pod.abandon(one, _CLIENT_GONE)
 
     def _resume(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
         if one is None:
             return FORWARD
         one.give_up_dump()  # a client that resumes in the middle of its dump does not want it
-        self._pod.resume(one, call.metadata)
+        watchdog.stop(one)
+        try:
+            self._pod.resume(one, call.metadata)
+        finally:
+            watchdog.start(one, self._pod)
         return b""
 
     def _state(self, call: Call) -> bytes:
@@ -149,6 +176,8 @@ class Tasks:
         one = self._containers.pop(request.id, None)
         if one is not None:
             self._pod.forget(one)
+            watchdog.stop(one)
+            journal.close(one)
         group.remove_task(self._home, request.id)
         return reply
 

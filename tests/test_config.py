@@ -46,6 +46,7 @@ on_missing_checkpoint = "fail"
 on_mismatch = "warn"
 download_timeout = 300
 together_timeout = 120
+pause_timeout = 900
 checksum = "sha256"
 lane = "off"
 lane_from = 1048576
@@ -95,6 +96,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         on_mismatch="warn",
         download_timeout=300.0,
         together_timeout=120.0,
+        pause_timeout=900.0,
         checksum="sha256",
         lane="off",
         lane_from=1 << 20,

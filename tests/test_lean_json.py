@@ -45,3 +45,22 @@ def test_what_is_no_json_is_told_as_json_tells_it(text: str) -> None:
     argv = [sys.executable, "-ISXutf8", "-c", program, root, text]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.stdout.rstrip("\n"), done.stderr) == (str(expected.value), "")
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_written_as_it_is_read(value: object) -> None:
+    assert json.loads(lean_json.dumps(value)) == value
+
+
+def test_no_plain_data() -> None:
+    with pytest.raises(TypeError, match="object"):
+        lean_json.dumps({"a": [object()]})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     OnNotify = Callable[[str], bool]
+    OnStart = Callable[[int], None]
 
 LOG_NAME = "dump.log"
 
@@ -80,6 +81,7 @@ def dump(
     images_dir: str,
     work_dir: str,
     *,
+    on_start: OnStart | None = None,
     on_notify: OnNotify | None = None,
     deadline_s: float | None = None,
     cancel: Cancel | None = None,
@@ -87,9 +89,11 @@ def dump(
     """Dump the tree of `opts.pid` into `images_dir`, CRIU's log and statistics into `work_dir`.
 
     Both directories must exist. `opts` comes from `request.dump_options`; the descriptors and
-    the log's name are filled in here. `on_notify(name)` is called for each notification, on
-    this thread, with CRIU waiting; False or an exception makes CRIU undo the dump. After
-    `deadline_s` seconds, or `cancel`, CRIU is made to undo the dump, and killed if it does not.
+    the log's name are filled in here. `on_start(pid)` is called before anything is asked of a
+    CRIU that we have started; it leads a session of its own. `on_notify(name)` is called for each
+    notification, on this thread, with CRIU waiting; False or an exception makes CRIU undo the dump.
+    After `deadline_s` seconds, or `cancel`, CRIU is made to undo the dump, and killed if it does
+    not.
     A `cancel` after "post-dump" was answered comes too late: everything is written then.
 
     Raises CriuError; then the images are worthless and the processes live on, frozen if they
@@ -107,7 +111,7 @@ def dump(
         try:
             opts.images_dir_fd = images_fd
             opts.work_dir_fd = work_fd
-            conversation = _Conversation(criu, opts, on_notify, deadline_s, cancel)
+            conversation = _Conversation(criu, opts, on_start, on_notify, deadline_s, cancel)
             answer = conversation.run()
         finally:
             os.close(work_fd)
@@ -130,6 +134,7 @@ class _Conversation:
         self,
         criu: Swrk | Service,
         opts: rpc.CriuOpts,
+        on_start: OnStart | None,
         on_notify: OnNotify | None,
         deadline_s: float | None,
         cancel: Cancel | None,
@@ -137,6 +142,7 @@ class _Conversation:
         self._criu = criu
         self._opts = opts
         self._pid = opts.pid or 0
+        self._on_start = on_start
         self._on_notify = on_notify
         self._deadline_s = deadline_s
         self._cancel = cancel
@@ -157,6 +163,8 @@ class _Conversation:
         except NotStarted as err:
             raise CriuError(f"cannot dump pid {self._pid}: {err.strerror}") from err
         with connection:
+            if self._on_start and connection.ours:
+                self._on_start(connection.pid)
             try:
                 connection.send(rpc.CriuReq(type=rpc.DUMP, opts=self._opts).encode())
             except OSError:

@@ -79,7 +79,7 @@ class Swrk:
             raise NotStarted(err.errno, f"cannot start {path}: {err.strerror}") from err
         finally:
             theirs.close()
-        return Connection(ours, pid, child=True)
+        return Connection(ours, pid, ours=True)
 
     def _spawn(self, path: str, env: dict[str, str], theirs: socket.socket) -> int:
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -129,20 +129,21 @@ class Service:
             ) from err
         ids = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         service_pid = struct.unpack("3i", ids)[0]
-        return Connection(sock, service_pid, child=False)
+        return Connection(sock, service_pid, ours=False)
 
     def __str__(self) -> str:
         return f"criu service at {self.path}"
 
 
 class Connection:
-    """One conversation with CRIU. `pid` is the swrk process, or the service's listener."""
+    """One conversation with CRIU. `pid` is the swrk process, which is `ours`, or the service's
+    listener, which is not."""
 
-    def __init__(self, sock: socket.socket, pid: int, *, child: bool) -> None:
+    def __init__(self, sock: socket.socket, pid: int, *, ours: bool) -> None:
         self._sock = sock
         self.pid = pid
-        self._child = child
-        self._pidfd = os.pidfd_open(pid) if child else -1
+        self.ours = ours
+        self._pidfd = os.pidfd_open(pid) if ours else -1
         self._status: int | None = None
 
     def send(self, data: bytes) -> None:
@@ -154,7 +155,7 @@ class Connection:
         passed or `cancel` was called."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        if self._child:
+        if self.ours:
             # A child of a killed CRIU may hold the other end open: EOF alone is no proof.
             poll.register(self._pidfd, select.POLLIN)
         if cancel is not None:
@@ -166,7 +167,7 @@ class Connection:
                 return self._sock.recv(_MESSAGE)
             except ConnectionResetError:
                 return b""
-        if self._child and self._pidfd in ready:
+        if self.ours and self._pidfd in ready:
             return b""
         return None
 
@@ -176,7 +177,7 @@ class Connection:
 
         Only our own swrk: it ignores SIGXFSZ as we do, and so sees EFBIG instead.
         """
-        if self._child and self._status is None:
+        if self.ours and self._status is None:
             import resource
 
             with contextlib.suppress(OSError):
@@ -185,7 +186,7 @@ class Connection:
     def kill(self, dumped_pid: int) -> None:
         """SIGKILL CRIU and what it started: our swrk's whole session, or the worker of the
         service that dumps `dumped_pid`."""
-        if not self._child:
+        if not self.ours:
             _kill_worker(self.pid, dumped_pid)
         elif self._status is None:
             # Not reaped yet, so the number is still its own.
@@ -195,7 +196,7 @@ class Connection:
     def wait(self, timeout_s: float) -> bool:
         """Reap our swrk process; True when it has ended. A service is not ours to wait for:
         there the end of the connection is all there is, and True is the answer."""
-        if not self._child or self._status is not None:
+        if not self.ours or self._status is not None:
             return True
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
@@ -210,7 +211,7 @@ class Connection:
 
     def ending(self) -> str:
         """How CRIU ended, for a message; only after `wait` said it did."""
-        if not self._child:
+        if not self.ours:
             return "its worker ended the connection"
         code = os.waitstatus_to_exitcode(self._status or 0)
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
@@ -218,7 +219,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket, at which CRIU ends by itself, and reap it; kill it if it does not."""
         self._sock.close()
-        if self._child and not self.wait(5):
+        if self.ours and not self.wait(5):
             self.kill(self.pid)
             self.wait(5)
         if self._pidfd >= 0:
