@@ -139,8 +139,8 @@ def checkpoint(
             journal.close(container)
         else:
             made = draft.final if draft.published else None
-            left = draft.path if container.kept is draft else None
-            journal.note(container, journal.PAUSED, criu=None, draft=left, checkpoint=made)
+            kept = draft.path if container.kept is draft else None
+            journal.note(container, journal.PAUSED, criu=None, draft=kept, checkpoint=made)
 
 
 def resume(container: Container) -> None:
