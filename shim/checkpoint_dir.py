@@ -25,7 +25,9 @@ from shim.manifest import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from shim.signing import Sign
 
 __all__ = [
     "CONFIG_DUMP",
@@ -60,11 +62,13 @@ CONTAINER_LOG = "container.log"
 CONFIG_DUMP = "config.dump"
 SPEC_DUMP = "spec.dump"
 SUMS = "SHA256SUMS"  # of all the manifest does not speak of, and of the manifest; for sha256sum -c
+SIGNATURE = ".sig"  # shim.signing.SUFFIX; after the name of what is signed, the manifest or SUMS
 DOWNLOADED = "download-state"
 MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
 # What other tools put beside `checkpoint/`, and `remove` takes for a part of the checkpoint.
 _BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS, DOWNLOADED} | {
+    SUMS + SIGNATURE,
     "artifacts",
     "bind.mounts",
     "deleted.files",
@@ -149,14 +153,18 @@ class Draft:
             # Another draft's begin() came between and is taking ours for an abandoned one.
 
     def publish(
-        self, manifest: Manifest, known: Mapping[tuple[str, int], bytes] | None = None
+        self,
+        manifest: Manifest,
+        known: Mapping[tuple[str, int], bytes] | None = None,
+        sign: Sign | None = None,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
         All files are read once for their checksums, several at a time, and synced; the manifest
         comes last, and then the rename. `known` are digests of blocks that were taken before (see
-        `digests.take`). Raises CheckpointDirError, after which `final` holds no
-        checkpoint and discard() removes what there is.
+        `digests.take`). `sign` signs the manifest, whose digests must then be ones that nobody can
+        find a second file for. Raises CheckpointDirError, after which `final` holds no checkpoint
+        and discard() removes what there is.
         """
         import time
 
@@ -174,7 +182,11 @@ class Draft:
                     "files": files,
                 }
             )
-            _write_new(os.path.join(self.path, MANIFEST), whole.encode())
+            encoded = whole.encode()
+            if sign is not None:
+                _write_new(os.path.join(self.path, MANIFEST + SIGNATURE), sign(encoded))
+                names.append(MANIFEST + SIGNATURE)
+            _write_new(os.path.join(self.path, MANIFEST), encoded)
             _sync_directory(self.path)
             if self._inside:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
@@ -209,10 +221,11 @@ class Draft:
             ) from error
         self.published = False
 
-    def publish_whole(self) -> None:
+    def publish_whole(self, sign: Sign | None = None) -> None:
         """Makes a draft that holds the layout around an image directory (or those of a pod's
         containers) the directory `final`: with the checksums of what the manifests inside do not
-        speak of in SHA256SUMS, and everything on the disk. Raises CheckpointDirError as publish().
+        speak of in SHA256SUMS, which `sign` signs, and everything on the disk. Raises
+        CheckpointDirError as publish().
         """
         if self._lock is None:
             raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
@@ -220,7 +233,10 @@ class Draft:
             names = sorted(_beside(self.path))
             sums = self._seal(names, plain=True)
             lines = "".join(f"{sums[name].sha256}  {name}\n" for name in names)
-            _write_new(os.path.join(self.path, SUMS), lines.encode("utf-8", "surrogateescape"))
+            encoded = lines.encode("utf-8", "surrogateescape")
+            _write_new(os.path.join(self.path, SUMS), encoded)
+            if sign is not None:
+                _write_new(os.path.join(self.path, SUMS + SIGNATURE), sign(encoded))
             for name in {os.path.dirname(name) for name in names} | {""}:
                 os.chmod(os.path.join(self.path, name), 0o700)
                 _sync_directory(os.path.join(self.path, name))
@@ -282,8 +298,9 @@ class Draft:
             raise CheckpointDirError(
                 f"{self.path} has no {INVENTORY}: CRIU did not finish its dump"
             )
-        if MANIFEST in names:
-            raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
+        for ours in (MANIFEST, MANIFEST + SIGNATURE):
+            if ours in names:
+                raise CheckpointDirError(f"{self.path} has a {ours} already; grit writes that name")
         return sorted(names)
 
     def _seal(
@@ -335,11 +352,11 @@ class Problem:
     __repr__ = __str__
 
 
-def load(directory: str) -> Manifest:
-    """The manifest of an image directory.
+def load(directory: str, keys: Sequence[str] = ()) -> Manifest:
+    """The manifest of an image directory, signed by one of the `keys` (files) if there are any.
 
-    Raises ForeignCheckpoint where CRIU images stand without one, and ManifestError for anything
-    else that is wrong with it.
+    Raises ForeignCheckpoint where CRIU images stand without one, SigningError where nobody vouches
+    for it, and ManifestError for anything else that is wrong with it.
     """
     where = os.path.join(directory, MANIFEST)
     try:
@@ -355,6 +372,10 @@ def load(directory: str) -> Manifest:
         raise ManifestError(f"{where}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_MANIFEST:
         raise ManifestError(f"{where}: is larger than {MAX_MANIFEST} bytes; it is no manifest")
+    if keys:
+        from shim import signing
+
+        signing.require(data, where, keys)
     return Manifest.decode(data, where)
 
 
@@ -381,7 +402,8 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
             else:
                 intact.append(name)
         for name in present:
-            if name not in manifest.files and name != MANIFEST and not _is_partial(name, ""):
+            ours = name in (MANIFEST, MANIFEST + SIGNATURE) or _is_partial(name, "")
+            if name not in manifest.files and not ours:
                 problems.append(Problem(name, "extra", "is not in the manifest"))
     except OSError as error:
         raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
@@ -443,23 +465,25 @@ def image_directories(directory: str) -> list[tuple[str, str]]:
     return [(name, place) for name, place in places if os.path.isdir(place)]
 
 
-def verify_sums(directory: str) -> list[Problem] | None:
-    """What differs from the directory's SHA256SUMS; None where it has none.
+def verify_sums(directory: str, keys: Sequence[str] = ()) -> list[Problem] | None:
+    """What differs from the directory's SHA256SUMS, which one of the `keys` must have signed if
+    there are any; None where it has none.
 
-    Raises CheckpointDirError if that cannot be read or is not one."""
-    wanted = _read_sums(directory)
+    Raises CheckpointDirError if that cannot be read or is not one, or nobody vouches for it."""
+    wanted = _read_sums(directory, keys)
     if wanted is None:
         return None
     problems = _differing(directory, wanted)
-    here = set(_beside(directory)) - {SUMS}
+    here = set(_beside(directory)) - {SUMS, SUMS + SIGNATURE}
     problems += [Problem(name, "extra", f"is not in {SUMS}") for name in here - set(wanted)]
     return sorted(problems, key=lambda problem: problem.name)
 
 
-def verify_beside(images: str) -> list[Problem]:
+def verify_beside(images: str, keys: Sequence[str] = ()) -> list[Problem]:
     """What differs from SHA256SUMS of the files that stand beside an image directory, and of its
     manifest. The sums lie beside it too, or for a pod's container one directory higher. Empty where
-    there are none. Raises CheckpointDirError as verify_sums()."""
+    there are none; with `keys` they must be there for all that a restore would use. Raises
+    CheckpointDirError as verify_sums()."""
     parent, base = os.path.split(os.path.abspath(images))
     if base != IMAGES:
         return []
@@ -467,14 +491,18 @@ def verify_beside(images: str) -> list[Problem]:
     if not os.path.lexists(os.path.join(parent, SUMS)):
         directory, container = os.path.split(parent)
         within = container + "/"
-    wanted = _read_sums(directory) or {}
+    wanted = _read_sums(directory, keys) or {}
     mine = {name: digest for name, digest in wanted.items() if name.startswith(within)}
-    if not mine:
+    if not mine and not keys:
         return []  # another's, in a place for several checkpoints
     problems = _differing(directory, mine)
-    for name in (os.path.join(IMAGES, MANIFEST), ROOTFS_DIFF, CONTAINER_LOG):
+    used = [ROOTFS_DIFF, CONTAINER_LOG]
+    used += [CONFIG_DUMP, SPEC_DUMP] if keys else []  # `gritctl restore` believes these
+    used += [os.path.join(IMAGES, MANIFEST)] if mine else []  # else its own signature is all
+    for name in used:
         if within + name not in mine and os.path.lexists(os.path.join(parent, name)):
-            problems.append(Problem(within + name, "extra", f"is not in {SUMS}"))
+            text = f"is not in {SUMS}" if mine else f"is not signed: there is no {SUMS}"
+            problems.append(Problem(within + name, "extra", text))
     return sorted(problems, key=lambda problem: problem.name)
 
 
@@ -503,16 +531,21 @@ def untrusted(images: str) -> list[Problem]:
     return problems
 
 
-def _read_sums(directory: str) -> dict[str, str] | None:
+def _read_sums(directory: str, keys: Sequence[str] = ()) -> dict[str, str] | None:
     """SHA256SUMS as digests by name, None where there is none. Raises CheckpointDirError."""
     where = os.path.join(directory, SUMS)
     try:
-        with open(where, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            text = file.read(MAX_MANIFEST)
+        with open(where, "rb") as file:
+            data = file.read(MAX_MANIFEST)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointDirError(f"{where}: cannot be read: {error.strerror}") from error
+    if keys:
+        from shim import signing
+
+        signing.require(data, where, keys)
+    text = data.decode("utf-8", "surrogateescape")
     wanted = {}
     # Not splitlines(): a damaged line's end must not be taken for another kind of it.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):

@@ -99,6 +99,8 @@ class GritOptions(_Settings):
     download_timeout: float = 60.0  # seconds
     together_timeout: float = 60.0  # seconds
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
+    sign_key: str | None = None  # a file
+    verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -168,6 +170,24 @@ def _seconds(high: int) -> Check:
     return check
 
 
+def _absolute(value: object) -> str:
+    if value and isinstance(value, str):
+        return _runc_path(value)
+    raise ValueError("an absolute path")
+
+
+def _several(check: Check, kind: str) -> Check:
+    def check_all(value: object) -> tuple[object, ...]:
+        try:
+            if isinstance(value, list):
+                return tuple(check(one) for one in value)
+        except ValueError:
+            pass
+        raise ValueError(f"an array of {kind}")
+
+    return check_all
+
+
 _UINT32 = 2**32 - 1
 
 # The TOML names are those of containerd's Go structure, which is what GRIT's file uses too.
@@ -205,6 +225,8 @@ _GRIT: dict[str, Check] = {
     "download_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
     "metrics": _path,
+    "sign_key": _path,
+    "verify_keys": _several(_absolute, "absolute paths"),
 }
 
 # Tables at the top level, and a key that containerd leaves in the body it makes of the options.

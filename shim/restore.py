@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from shim.checkpoint_dir import Problem
+    from shim.config import GritOptions
     from shim.container import Container
     from shim.manifest import Manifest
     from shim.pod import Pod
@@ -78,7 +79,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
         if not images:
             return None
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
-    manifest = _verified(images, beside=not create.checkpoint)
+    manifest = _verified(images, container.config, beside=not create.checkpoint)
     fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, saved_log)
     injections: list[tuple[str, str | None]] = []
@@ -215,25 +216,29 @@ def _await_download(container: Container, directory: str) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _verified(images: str, *, beside: bool) -> Manifest | None:
+def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest | None:
     """The manifest, after every file was compared with it, and what lies `beside` with its own
-    sums. None for images without one. Raises CheckpointDirError for what is damaged, or could be
-    another user's work."""
+    sums. None for images without one. Raises CheckpointDirError for what is damaged, could be
+    another user's work, or is not signed where `verify_keys` asks for it."""
+    keys = settings.verify_keys
     suspicious = checkpoint_dir.untrusted(images)
     if suspicious:
         raise CheckpointDirError(
             f"the checkpoint {images} was not restored, since others than root could have changed "
             f"it: {_listed(suspicious)}"
         )
-    problems = checkpoint_dir.verify_beside(images) if beside else []
+    problems = checkpoint_dir.verify_beside(images, keys) if beside else []
     manifest = None
     try:
-        manifest = checkpoint_dir.load(images)
+        manifest = checkpoint_dir.load(images, keys)
     except checkpoint_dir.ForeignCheckpoint:
+        if keys:
+            raise
         log.warning("images without a manifest: restored unverified", images=images)
     if manifest is not None:
         found = checkpoint_dir.verify(images, manifest)
-        problems += [one for one in found if one.kind != "extra"]
+        # CRIU would take some files for images that the manifest does not know.
+        problems += [one for one in found if keys or one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
             f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"

@@ -47,6 +47,8 @@ on_mismatch = "warn"
 download_timeout = 300
 together_timeout = 120
 metrics = "/var/lib/metrics"
+sign_key = "/etc/grit/node.pem"
+verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
 """
 
 
@@ -91,6 +93,8 @@ def test_every_key_arrives_under_its_own_name() -> None:
         download_timeout=300.0,
         together_timeout=120.0,
         metrics="/var/lib/metrics",
+        sign_key="/etc/grit/node.pem",
+        verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)
@@ -150,6 +154,9 @@ def test_an_empty_path_is_the_default() -> None:
         ("[grit]\ncriu = 'bin/criu'", 2, "an absolute path, or a name without slashes"),
         ("[grit]\ncriu = ''", 2, "an absolute path, or a name without slashes"),
         ("[grit]\nplugin_dir = 'lib'", 2, 'an absolute path, or "" for the default'),
+        ("[grit]\nverify_keys = '/a'", 2, 'is "/a"; it must be an array of absolute paths'),
+        ("[grit]\nverify_keys = ['/a', 'b']", 2, "it must be an array of absolute paths"),
+        ("[grit]\nverify_keys = ['']", 2, "it must be an array of absolute paths"),
         ("IoUid = -1", 1, "is -1; it must be a whole number from 0"),
         ("SystemdCgroup = 'yes'", 1, "it must be true or false"),
         ("Root = 'run'", 1, "an absolute path"),
