@@ -11,7 +11,6 @@ must never let a partial one be taken for it, nor remove anything but drafts of 
 from __future__ import annotations
 
 import os
-import stat
 
 from shim import digests
 from shim.manifest import (
@@ -42,15 +41,16 @@ __all__ = [
     "ManifestError",
     "Problem",
     "abandoned",
+    "beside",
     "container_log",
     "find_checkpoint",
     "image_directories",
     "is_downloaded",
     "load",
+    "reason",
     "remove",
     "remove_abandoned",
     "rootfs_diff",
-    "untrusted",
     "verify",
     "verify_beside",
     "verify_sums",
@@ -197,7 +197,7 @@ class Draft:
                 _sync_directory(os.path.dirname(self.final))
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
             ) from error
         self._unlock()
         self.published = True
@@ -217,7 +217,7 @@ class Draft:
                 _remove_tree(self._begun_at)
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot remove the checkpoint {self.final}: {_reason(error)}; remove it by hand"
+                f"cannot remove the checkpoint {self.final}: {reason(error)}; remove it by hand"
             ) from error
         self.published = False
 
@@ -253,7 +253,7 @@ class Draft:
                 _sync_directory(os.path.dirname(self.final))
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
             ) from error
         self._unlock()
 
@@ -273,7 +273,7 @@ class Draft:
                 _remove_tree(self.path)
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot remove the unfinished checkpoint {self.path}: {_reason(error)}; remove it "
+                f"cannot remove the unfinished checkpoint {self.path}: {reason(error)}; remove it "
                 "by hand"
             ) from error
         finally:
@@ -339,7 +339,7 @@ class Draft:
 
 class Problem:
     """Something wrong with one file; `kind` is missing, extra, not-a-file, size, checksum, owner or
-    mode."""
+    mode (`confined` has those two)."""
 
     __slots__ = ("kind", "name", "text")
 
@@ -406,7 +406,7 @@ def verify(directory: str, manifest: Manifest, *, contents: bool = True) -> list
             if name not in manifest.files and not ours:
                 problems.append(Problem(name, "extra", "is not in the manifest"))
     except OSError as error:
-        raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
+        raise CheckpointDirError(f"cannot read {directory}: {reason(error)}") from error
 
     if contents:
         paths = {n: (os.path.join(directory, n), manifest.files[n].size) for n in intact}
@@ -506,31 +506,6 @@ def verify_beside(images: str, keys: Sequence[str] = ()) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.name)
 
 
-def untrusted(images: str) -> list[Problem]:
-    """What of an image directory, and of the diff and log beside it, users other than root and us
-    could have written: it belongs to them, or its mode lets them write. The restored processes get
-    whatever rights the images say. Raises CheckpointDirError if the directory cannot be read."""
-    problems = []
-    try:
-        with os.scandir(images) as entries:
-            paths = [images, *(entry.path for entry in entries)]
-        paths += [path for path in (rootfs_diff(images), container_log(images)) if path]
-        for path in paths:
-            found = os.stat(path, follow_symlinks=path == images)
-            name = os.path.basename(path) if path != images else path
-            if found.st_uid not in (0, os.geteuid()):
-                text = f"belongs to the user {found.st_uid}; it must be root's (chown)"
-                problems.append(Problem(name, "owner", text))
-            elif stat.S_ISLNK(found.st_mode):
-                continue  # has no mode of its own; verify() refuses it
-            elif found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
-                text = f"may be written by others (mode {found.st_mode & 0o7777:04o}; chmod go-w)"
-                problems.append(Problem(name, "mode", text))
-    except OSError as error:
-        raise CheckpointDirError(f"cannot read {images}: {_reason(error)}") from error
-    return problems
-
-
 def _read_sums(directory: str, keys: Sequence[str] = ()) -> dict[str, str] | None:
     """SHA256SUMS as digests by name, None where there is none. Raises CheckpointDirError."""
     where = os.path.join(directory, SUMS)
@@ -611,7 +586,7 @@ def remove(directory: str) -> None:
         _sync_directory(parent)
         _remove_tree(doomed)
     except OSError as error:
-        raise CheckpointDirError(f"cannot remove {directory}: {_reason(error)}") from error
+        raise CheckpointDirError(f"cannot remove {directory}: {reason(error)}") from error
 
 
 def abandoned(directory: str) -> list[str]:
@@ -663,6 +638,17 @@ def rootfs_diff(images: str) -> str | None:
 def container_log(images: str) -> str | None:
     """`container.log` beside an image directory, if there is one."""
     return _lies_beside(images, CONTAINER_LOG)
+
+
+def beside(images: str) -> tuple[str, list[str]]:
+    """The directory that holds an image directory in GRIT's layout ("" in another), and those files
+    in it that a restore makes use of."""
+    parent, base = os.path.split(os.path.abspath(images))
+    if base != IMAGES:
+        return "", []
+    names = (ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS)
+    paths = [os.path.join(parent, name) for name in names]
+    return parent, [path for path in paths if os.path.lexists(path)]
 
 
 def is_downloaded(directory: str) -> bool:
@@ -824,5 +810,6 @@ def _is_mount_point(path: str) -> bool:
     return wanted in points
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """For people, with the file's name where it is known."""
     return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)

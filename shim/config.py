@@ -101,6 +101,8 @@ class GritOptions(_Settings):
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
     sign_key: str | None = None  # a file
     verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
+    checkpoint_roots: tuple[str, ...] = ()  # directories; empty: anywhere
+    trusted_uids: tuple[int, ...] = ()  # beside root
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -227,6 +229,8 @@ _GRIT: dict[str, Check] = {
     "metrics": _path,
     "sign_key": _path,
     "verify_keys": _several(_absolute, "absolute paths"),
+    "checkpoint_roots": _several(_absolute, "absolute paths"),
+    "trusted_uids": _several(_integer(0, _UINT32), "user ids"),
 }
 
 # Tables at the top level, and a key that containerd leaves in the body it makes of the options.

@@ -49,6 +49,8 @@ together_timeout = 120
 metrics = "/var/lib/metrics"
 sign_key = "/etc/grit/node.pem"
 verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
+checkpoint_roots = ["/var/lib/checkpoints"]
+trusted_uids = [65534]
 """
 
 
@@ -95,6 +97,8 @@ def test_every_key_arrives_under_its_own_name() -> None:
         metrics="/var/lib/metrics",
         sign_key="/etc/grit/node.pem",
         verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),
+        checkpoint_roots=("/var/lib/checkpoints",),
+        trusted_uids=(65534,),
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)
@@ -157,6 +161,7 @@ def test_an_empty_path_is_the_default() -> None:
         ("[grit]\nverify_keys = '/a'", 2, 'is "/a"; it must be an array of absolute paths'),
         ("[grit]\nverify_keys = ['/a', 'b']", 2, "it must be an array of absolute paths"),
         ("[grit]\nverify_keys = ['']", 2, "it must be an array of absolute paths"),
+        ("[grit]\ntrusted_uids = [-1]", 2, "it must be an array of user ids"),
         ("IoUid = -1", 1, "is -1; it must be a whole number from 0"),
         ("SystemdCgroup = 'yes'", 1, "it must be true or false"),
         ("Root = 'run'", 1, "an absolute path"),

@@ -12,7 +12,7 @@ import tempfile
 
 import click
 
-from shim import checkpoint_dir, config
+from shim import checkpoint_dir, config, confined
 from shim.gritctl import containerd, output, stored
 from shim.gritctl import messages as m
 from shim.gritctl.containerd import (
@@ -239,7 +239,7 @@ def _require_trusted(one: stored.Stored) -> None:
     """Raises CheckpointDirError where others may have written what the new container is made of:
     the shim looks at it again, but the container's rights and mounts come from here."""
     settings = config.load()[1]
-    problems = checkpoint_dir.untrusted(one.images)
+    problems = confined.untrusted(one.images, settings.trusted_uids)
     if settings.verify_keys:
         problems += checkpoint_dir.verify_beside(one.images, settings.verify_keys)
     if problems:

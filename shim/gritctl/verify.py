@@ -11,7 +11,7 @@ import tarfile
 
 import click
 
-from shim import checkpoint_dir, config, devices, gpu, headroom, signing
+from shim import checkpoint_dir, config, confined, devices, gpu, headroom, signing
 from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
@@ -193,8 +193,8 @@ def _layer(path: str) -> list[str]:
 
 def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -> list[str]:
     """What would make a restore fail here; what is merely different goes to `notes`."""
-    found = []
     manifest, contents = one.manifest, one.contents
+    found = _against_storage(one, settings)
     try:
         here = client.version(transport.Swrk(settings.criu))
     except (CriuError, OSError) as error:
@@ -223,6 +223,17 @@ def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -
             if not os.path.exists(plugin):
                 found.append(f"CRIU's CUDA plugin made the images, and {plugin} does not exist")
     return found
+
+
+def _against_storage(one: stored.Stored, settings: GritOptions) -> list[str]:
+    """Where it lies, and who could have written it."""
+    roots, trusted = settings.checkpoint_roots, settings.trusted_uids
+    try:
+        if roots:
+            confined.locate(os.path.abspath(one.images), roots, trusted)
+        return [str(problem) for problem in confined.untrusted(one.images, trusted)]
+    except CheckpointDirError as error:
+        return [str(error)]
 
 
 def _against_gpu(one: stored.Stored, settings: GritOptions) -> list[str]:

@@ -58,6 +58,10 @@ def make_key(node: Node, name: str) -> tuple[str, str]:
     return f"{KEYS}/{name}.pem", f"{KEYS}/{name}.pub"
 
 
+def libc(node: Node, call: str) -> None:
+    node.run(["python3", "-c", f"import ctypes, sys; sys.exit(ctypes.CDLL(None).{call})"])
+
+
 def annotated(start_job: StartJob, directory: str = DIR) -> Job:
     """A container that is to be restored from the directory, not run yet."""
     options = [f"--annotation=grit.dev/checkpoint={directory}"]
@@ -133,3 +137,55 @@ def test_a_key_that_cannot_be_used_stops_a_checkpoint_before_it_begins(
     assert job.status() == "RUNNING"
     job.next_report()
     assert not node.path(DIR).exists()
+
+
+def test_checkpoints_are_restored_from_beneath_the_roots_only(
+    node: Node, start_job: StartJob
+) -> None:
+    configure(node)
+    job = start_job()
+    before = job.next_report()
+    gritctl(node, "checkpoint", "job", "--to", DIR)
+    job.end()
+
+    configure(node, checkpoint_roots=[PLACE], on_missing_checkpoint="fail")
+    go_on(before, annotated(start_job).run().next_report())
+    annotated(start_job).end()
+    node.path(f"{PLACE}/link").symlink_to("job")
+    assert "link is a symbolic link" in refusal(annotated(start_job, f"{PLACE}/link"))
+    assert "leads out of the root" in refusal(annotated(start_job, f"{PLACE}/../checkpoints/job"))
+    assert "names no checkpoint" in refusal(annotated(start_job, f"{PLACE}/none"))
+    images = node.path(f"{DIR}/checkpoint")
+    images.rename(node.path(f"{PLACE}/moved"))
+    images.symlink_to("../moved")
+    assert "checkpoint is a symbolic link" in refusal(annotated(start_job))
+    images.unlink()
+    node.path(f"{PLACE}/moved").rename(images)
+
+    configure(node, checkpoint_roots=["/var/lib/other"])
+    assert "does not lie beneath any of checkpoint_roots" in refusal(annotated(start_job))
+    assert "does not lie beneath" in gritctl(node, "verify", DIR, status=4)
+    said = gritctl(node, "restore", DIR, "--name", "again", status=1)
+    assert "does not lie beneath any of checkpoint_roots" in said
+    node.run(["mkdir", "/var/lib/other"])
+    libc(node, f"mount(b'{PLACE}', b'/var/lib/other', None, 4096, None)")  # MS_BIND
+    try:
+        go_on(before, annotated(start_job, "/var/lib/other/job").run().next_report())
+        annotated(start_job).end()
+    finally:
+        libc(node, "umount2(b'/var/lib/other', 0)")
+        node.run(["rmdir", "/var/lib/other"])
+
+
+def test_storage_that_takes_root_for_nobody(node: Node, start_job: StartJob) -> None:
+    """NFS with root_squash: all that root writes there belongs to 65534."""
+    configure(node)
+    job = start_job()
+    before = job.next_report()
+    gritctl(node, "checkpoint", "job", "--to", DIR)
+    job.end()
+    node.run(["chown", "-R", "65534:65534", DIR])
+    assert "trusted_uids" in refusal(annotated(start_job))
+    assert "trusted_uids" in gritctl(node, "restore", DIR, "--name", "again", status=1)
+    configure(node, trusted_uids=[65534], checkpoint_roots=[PLACE])
+    go_on(before, annotated(start_job).run().next_report())
