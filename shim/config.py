@@ -103,6 +103,8 @@ class GritOptions(_Settings):
     verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
     checkpoint_roots: tuple[str, ...] = ()  # directories; empty: anywhere
     trusted_uids: tuple[int, ...] = ()  # beside root
+    unpack_bytes: int = 0  # 0: what is free
+    unpack_files: int = 2_000_000  # 0: what is free
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -230,6 +232,8 @@ _GRIT: dict[str, Check] = {
     "sign_key": _path,
     "verify_keys": _several(_absolute, "absolute paths"),
     "checkpoint_roots": _several(_absolute, "absolute paths"),
+    "unpack_bytes": _integer(0, 2**63 - 1),
+    "unpack_files": _integer(0, 2**63 - 1),
     "trusted_uids": _several(_integer(0, _UINT32), "user ids"),
 }
 

@@ -113,10 +113,21 @@ def fill(container: Container, filled_volumes: set[str]) -> None:
     found = container.restore
     assert found is not None
     _require_same(container, found)
-    volumes.put_back(bundle.read_spec(container.bundle), found.images, filled_volumes)
+    limits = container.config.unpack_bytes, container.config.unpack_files
+    spec = bundle.read_spec(container.bundle)
+    left_out = volumes.put_back(spec, found.images, filled_volumes, limits)
     if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
-        rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
+        left_out += rootfs_diff.apply(
+            found.rootfs_diff, rootfs, limits=limits, python=places.python()
+        )
+    if left_out:
+        log.warning(
+            "not all of the checkpoint's files were put back",
+            id=container.id,
+            left_out="; ".join(left_out[:5]),
+            count=len(left_out),
+        )
     if found.manifest is not None:
         injected.make_mount_points(container, found.manifest)
     if found.log:

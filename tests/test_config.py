@@ -51,6 +51,8 @@ sign_key = "/etc/grit/node.pem"
 verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
 checkpoint_roots = ["/var/lib/checkpoints"]
 trusted_uids = [65534]
+unpack_bytes = 1073741824
+unpack_files = 1000
 """
 
 
@@ -99,6 +101,8 @@ def test_every_key_arrives_under_its_own_name() -> None:
         verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),
         checkpoint_roots=("/var/lib/checkpoints",),
         trusted_uids=(65534,),
+        unpack_bytes=1 << 30,
+        unpack_files=1000,
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)

@@ -11,7 +11,7 @@ import tarfile
 
 import click
 
-from shim import checkpoint_dir, config, confined, devices, gpu, headroom, signing
+from shim import checkpoint_dir, config, confined, devices, gpu, headroom, oci_layer, signing
 from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
@@ -175,7 +175,9 @@ def _layer(path: str) -> list[str]:
     try:
         with (
             open(path, "rb") as file,
-            tarfile.open(fileobj=archive.decompressed(file), mode="r|*") as tar,
+            tarfile.open(
+                fileobj=archive.decompressed(file), mode="r|*", tarinfo=oci_layer.Entry
+            ) as tar,
         ):
             for member in tar:
                 data = tar.extractfile(member) if member.isreg() else None
