@@ -33,6 +33,7 @@ Section: admin
 Priority: optional
 Depends: python3 (>= 3.11), python3-cffi-backend, python3-xxhash, containerd
 Recommends: criu (>= 4.1), python3-zstandard
+Suggests: python3-cryptography
 Description: containerd shim that checkpoints and restores GPU containers
  A runtime shim for stock containerd, with which containers and pods that use NVIDIA GPUs are
  checkpointed and restored by the clients there are: ctr, nerdctl, the kubelet, GRIT's agent.

@@ -39,6 +39,7 @@ from shim import (
     places,
     preflight,
     proof,
+    signing,
     volumes,
 )
 from shim.criu_bridge import client, freezer, request
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from shim.criu_bridge.rpc import CriuOpts
     from shim.cuda.suspension import Process
     from shim.runcstate import RunState
+    from shim.signing import Sign
 
 CRIU_CONFIG = "grit-criu-dump.conf"
 
@@ -92,12 +94,14 @@ def checkpoint(
     """Dumps the container into the image directory the client named; ends it afterwards if the
     client asked for that (`exit`), else leaves it paused if it was, running if it ran.
 
-    Raises Refused, CheckpointError, CudaError, CriuError, or the inner shim's StatusError.
+    Raises Refused, CheckpointError, CudaError, CriuError, SigningError (before anything is done),
+    or the inner shim's StatusError.
     """
     wanted = options.checkpoint_options(request.options)
     target = wanted.image_path or request.path
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
+    sign = signing.signer(container.config.sign_key)
     draft = checkpoint_dir.Draft.begin(target)
     journal.note(container, journal.BEGUN, draft=draft.path, final=draft.final, checkpoint=None)
     try:
@@ -108,7 +112,7 @@ def checkpoint(
         try:
             if was_paused:
                 preflight.before_dump(container, draft.path)
-            _dump(container, draft, wanted)
+            _dump(container, draft, wanted, sign)
         except lane.NotRefilled:
             container.kept = draft
             raise
@@ -227,11 +231,14 @@ def suspend_and_freeze(container: Container, images: str | None) -> None:
 
 
 def _dump(
-    container: Container, draft: checkpoint_dir.Draft, wanted: messages.CheckpointOptions
+    container: Container,
+    draft: checkpoint_dir.Draft,
+    wanted: messages.CheckpointOptions,
+    sign: Sign | None,
 ) -> None:
-    """Has CRIU dump the frozen container into the draft, and publishes the draft when all images
-    are written but CRIU has not let go yet: a checkpoint that cannot be completed is known to
-    fail while there still is a container to go on with."""
+    """Has CRIU dump the frozen container into the draft, and publishes the draft, signed, when all
+    images are written but CRIU has not let go yet: a checkpoint that cannot be completed is known
+    to fail while there still is a container to go on with."""
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
@@ -275,7 +282,9 @@ def _dump(
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
             journal.note(container, journal.PUBLISHING)
-            whole = draft.publish(manifest, digested.stop(), in_lane, algorithm=algorithm)
+            whole = draft.publish(
+                manifest, digested.stop(), in_lane, algorithm=algorithm, sign=sign
+            )
             failpoint.reach("let-go")
             journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}

@@ -11,7 +11,6 @@ must never let a partial one be taken for it, nor remove anything but drafts of 
 from __future__ import annotations
 
 import os
-import stat
 
 from shim import digests
 from shim.manifest import (
@@ -25,7 +24,9 @@ from shim.manifest import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
+
+    from shim.signing import Sign
 
 __all__ = [
     "CONFIG_DUMP",
@@ -40,15 +41,16 @@ __all__ = [
     "ManifestError",
     "Problem",
     "abandoned",
+    "beside",
     "container_log",
     "find_checkpoint",
     "image_directories",
     "is_downloaded",
     "load",
+    "reason",
     "remove",
     "remove_abandoned",
     "rootfs_diff",
-    "untrusted",
     "verify",
     "verify_beside",
     "verify_sums",
@@ -60,11 +62,13 @@ CONTAINER_LOG = "container.log"
 CONFIG_DUMP = "config.dump"
 SPEC_DUMP = "spec.dump"
 SUMS = "SHA256SUMS"  # of all the manifest does not speak of, and of the manifest; for sha256sum -c
+SIGNATURE = ".sig"  # shim.signing.SUFFIX; after the name of what is signed, the manifest or SUMS
 DOWNLOADED = "download-state"
 MAX_MANIFEST = 16 << 20  # bytes; far above thousands of files and processes
 
 # What other tools put beside `checkpoint/`, and `remove` takes for a part of the checkpoint.
 _BESIDE = {ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS, DOWNLOADED} | {
+    SUMS + SIGNATURE,
     "artifacts",
     "bind.mounts",
     "deleted.files",
@@ -156,14 +160,16 @@ class Draft:
         whole: Mapping[str, str] | None = None,
         *,
         algorithm: str = digests.SHA256,
+        sign: Sign | None = None,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
         All files are read once for their checksums, several at a time, and synced; the manifest
         comes last, and then the rename. `known` are digests of blocks that were taken before (see
         `digests.take`), `whole` those of files that are synced, too, both by the same `algorithm`.
-        Raises CheckpointDirError, after which `final` holds no checkpoint and discard() removes
-        what there is.
+        `sign` signs the manifest, whose digests must then be ones that nobody can find a second
+        file for. Raises CheckpointDirError, after which `final` holds no checkpoint and discard()
+        removes what there is.
         """
         import time
 
@@ -185,7 +191,11 @@ class Draft:
                     "files": files,
                 }
             )
-            _write_new(os.path.join(self.path, MANIFEST), made.encode())
+            encoded = made.encode()
+            if sign is not None:
+                _write_new(os.path.join(self.path, MANIFEST + SIGNATURE), sign(encoded))
+                names.append(MANIFEST + SIGNATURE)
+            _write_new(os.path.join(self.path, MANIFEST), encoded)
             _sync_directory(self.path)
             if self._inside:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
@@ -196,7 +206,7 @@ class Draft:
                 _sync_directory(os.path.dirname(self.final))
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
             ) from error
         self._unlock()
         self.published = True
@@ -216,14 +226,15 @@ class Draft:
                 _remove_tree(self._begun_at)
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot remove the checkpoint {self.final}: {_reason(error)}; remove it by hand"
+                f"cannot remove the checkpoint {self.final}: {reason(error)}; remove it by hand"
             ) from error
         self.published = False
 
-    def publish_whole(self) -> None:
+    def publish_whole(self, sign: Sign | None = None) -> None:
         """Makes a draft that holds the layout around an image directory (or those of a pod's
         containers) the directory `final`: with the checksums of what the manifests inside do not
-        speak of in SHA256SUMS, and everything on the disk. Raises CheckpointDirError as publish().
+        speak of in SHA256SUMS, which `sign` signs, and everything on the disk. Raises
+        CheckpointDirError as publish().
         """
         if self._lock is None:
             raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
@@ -231,7 +242,10 @@ class Draft:
             names = sorted(_beside(self.path))
             sums = self._seal(names, plain=True)
             lines = "".join(f"{sums[name].digest}  {name}\n" for name in names)
-            _write_new(os.path.join(self.path, SUMS), lines.encode("utf-8", "surrogateescape"))
+            encoded = lines.encode("utf-8", "surrogateescape")
+            _write_new(os.path.join(self.path, SUMS), encoded)
+            if sign is not None:
+                _write_new(os.path.join(self.path, SUMS + SIGNATURE), sign(encoded))
             for name in {os.path.dirname(name) for name in names} | {""}:
                 os.chmod(os.path.join(self.path, name), 0o700)
                 _sync_directory(os.path.join(self.path, name))
@@ -248,7 +262,7 @@ class Draft:
                 _sync_directory(os.path.dirname(self.final))
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot publish the checkpoint {self.final}: {_reason(error)}"
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
             ) from error
         self._unlock()
 
@@ -268,7 +282,7 @@ class Draft:
                 _remove_tree(self.path)
         except OSError as error:
             raise CheckpointDirError(
-                f"cannot remove the unfinished checkpoint {self.path}: {_reason(error)}; remove it "
+                f"cannot remove the unfinished checkpoint {self.path}: {reason(error)}; remove it "
                 "by hand"
             ) from error
         finally:
@@ -293,8 +307,9 @@ class Draft:
             raise CheckpointDirError(
                 f"{self.path} has no {INVENTORY}: CRIU did not finish its dump"
             )
-        if MANIFEST in names:
-            raise CheckpointDirError(f"{self.path} has a {MANIFEST} already; grit writes that name")
+        for ours in (MANIFEST, MANIFEST + SIGNATURE):
+            if ours in names:
+                raise CheckpointDirError(f"{self.path} has a {ours} already; grit writes that name")
         return sorted(names)
 
     def _seal(
@@ -335,7 +350,7 @@ class Draft:
 
 class Problem:
     """Something wrong with one file; `kind` is missing, extra, not-a-file, size, checksum, owner or
-    mode."""
+    mode (`confined` has those two)."""
 
     __slots__ = ("kind", "name", "text")
 
@@ -348,11 +363,11 @@ class Problem:
     __repr__ = __str__
 
 
-def load(directory: str) -> Manifest:
-    """The manifest of an image directory.
+def load(directory: str, keys: Sequence[str] = ()) -> Manifest:
+    """The manifest of an image directory, signed by one of the `keys` (files) if there are any.
 
-    Raises ForeignCheckpoint where CRIU images stand without one, and ManifestError for anything
-    else that is wrong with it.
+    Raises ForeignCheckpoint where CRIU images stand without one, SigningError where nobody vouches
+    for it, and ManifestError for anything else that is wrong with it.
     """
     where = os.path.join(directory, MANIFEST)
     try:
@@ -368,7 +383,18 @@ def load(directory: str) -> Manifest:
         raise ManifestError(f"{where}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_MANIFEST:
         raise ManifestError(f"{where}: is larger than {MAX_MANIFEST} bytes; it is no manifest")
-    return Manifest.decode(data, where)
+    if not keys:
+        return Manifest.decode(data, where)
+    from shim import signing
+
+    signing.require(data, where, keys)
+    manifest = Manifest.decode(data, where)
+    if any(file.algorithm != digests.SHA256 for file in manifest.files.values()):
+        raise signing.SigningError(
+            f"{where}: is signed, but its files' digests are XXH3's, which do not tell a forged file "
+            "from the right one; who signs has to take SHA-256"
+        )
+    return manifest
 
 
 def verify(
@@ -397,10 +423,11 @@ def verify(
             else:
                 intact.append(name)
         for name in present:
-            if name not in manifest.files and name != MANIFEST and not _is_partial(name, ""):
+            ours = name in (MANIFEST, MANIFEST + SIGNATURE) or _is_partial(name, "")
+            if name not in manifest.files and not ours:
                 problems.append(Problem(name, "extra", "is not in the manifest"))
     except OSError as error:
-        raise CheckpointDirError(f"cannot read {directory}: {_reason(error)}") from error
+        raise CheckpointDirError(f"cannot read {directory}: {reason(error)}") from error
 
     if contents:
         intact = [name for name in intact if name not in but]
@@ -473,23 +500,25 @@ def image_directories(directory: str) -> list[tuple[str, str]]:
     return [(name, place) for name, place in places if os.path.isdir(place)]
 
 
-def verify_sums(directory: str) -> list[Problem] | None:
-    """What differs from the directory's SHA256SUMS; None where it has none.
+def verify_sums(directory: str, keys: Sequence[str] = ()) -> list[Problem] | None:
+    """What differs from the directory's SHA256SUMS, which one of the `keys` must have signed if
+    there are any; None where it has none.
 
-    Raises CheckpointDirError if that cannot be read or is not one."""
-    wanted = _read_sums(directory)
+    Raises CheckpointDirError if that cannot be read or is not one, or nobody vouches for it."""
+    wanted = _read_sums(directory, keys)
     if wanted is None:
         return None
     problems = _differing(directory, wanted)
-    here = set(_beside(directory)) - {SUMS}
+    here = set(_beside(directory)) - {SUMS, SUMS + SIGNATURE}
     problems += [Problem(name, "extra", f"is not in {SUMS}") for name in here - set(wanted)]
     return sorted(problems, key=lambda problem: problem.name)
 
 
-def verify_beside(images: str) -> list[Problem]:
+def verify_beside(images: str, keys: Sequence[str] = ()) -> list[Problem]:
     """What differs from SHA256SUMS of the files that stand beside an image directory, and of its
     manifest. The sums lie beside it too, or for a pod's container one directory higher. Empty where
-    there are none. Raises CheckpointDirError as verify_sums()."""
+    there are none; with `keys` they must be there for all that a restore would use. Raises
+    CheckpointDirError as verify_sums()."""
     parent, base = os.path.split(os.path.abspath(images))
     if base != IMAGES:
         return []
@@ -497,52 +526,36 @@ def verify_beside(images: str) -> list[Problem]:
     if not os.path.lexists(os.path.join(parent, SUMS)):
         directory, container = os.path.split(parent)
         within = container + "/"
-    wanted = _read_sums(directory) or {}
+    wanted = _read_sums(directory, keys) or {}
     mine = {name: digest for name, digest in wanted.items() if name.startswith(within)}
-    if not mine:
+    if not mine and not keys:
         return []  # another's, in a place for several checkpoints
     problems = _differing(directory, mine)
-    for name in (os.path.join(IMAGES, MANIFEST), ROOTFS_DIFF, CONTAINER_LOG):
+    used = [ROOTFS_DIFF, CONTAINER_LOG]
+    used += [CONFIG_DUMP, SPEC_DUMP] if keys else []  # `gritctl restore` believes these
+    used += [os.path.join(IMAGES, MANIFEST)] if mine else []  # else its own signature is all
+    for name in used:
         if within + name not in mine and os.path.lexists(os.path.join(parent, name)):
-            problems.append(Problem(within + name, "extra", f"is not in {SUMS}"))
+            text = f"is not in {SUMS}" if mine else f"is not signed: there is no {SUMS}"
+            problems.append(Problem(within + name, "extra", text))
     return sorted(problems, key=lambda problem: problem.name)
 
 
-def untrusted(images: str) -> list[Problem]:
-    """What of an image directory, and of the diff and log beside it, users other than root and us
-    could have written: it belongs to them, or its mode lets them write. The restored processes get
-    whatever rights the images say. Raises CheckpointDirError if the directory cannot be read."""
-    problems = []
-    try:
-        with os.scandir(images) as entries:
-            paths = [images, *(entry.path for entry in entries)]
-        paths += [path for path in (rootfs_diff(images), container_log(images)) if path]
-        for path in paths:
-            found = os.stat(path, follow_symlinks=path == images)
-            name = os.path.basename(path) if path != images else path
-            if found.st_uid not in (0, os.geteuid()):
-                text = f"belongs to the user {found.st_uid}; it must be root's (chown)"
-                problems.append(Problem(name, "owner", text))
-            elif stat.S_ISLNK(found.st_mode):
-                continue  # has no mode of its own; verify() refuses it
-            elif found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
-                text = f"may be written by others (mode {found.st_mode & 0o7777:04o}; chmod go-w)"
-                problems.append(Problem(name, "mode", text))
-    except OSError as error:
-        raise CheckpointDirError(f"cannot read {images}: {_reason(error)}") from error
-    return problems
-
-
-def _read_sums(directory: str) -> dict[str, str] | None:
+def _read_sums(directory: str, keys: Sequence[str] = ()) -> dict[str, str] | None:
     """SHA256SUMS as digests by name, None where there is none. Raises CheckpointDirError."""
     where = os.path.join(directory, SUMS)
     try:
-        with open(where, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            text = file.read(MAX_MANIFEST)
+        with open(where, "rb") as file:
+            data = file.read(MAX_MANIFEST)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointDirError(f"{where}: cannot be read: {error.strerror}") from error
+    if keys:
+        from shim import signing
+
+        signing.require(data, where, keys)
+    text = data.decode("utf-8", "surrogateescape")
     wanted = {}
     # Not splitlines(): a damaged line's end must not be taken for another kind of it.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
@@ -608,7 +621,7 @@ def remove(directory: str) -> None:
         _sync_directory(parent)
         _remove_tree(doomed)
     except OSError as error:
-        raise CheckpointDirError(f"cannot remove {directory}: {_reason(error)}") from error
+        raise CheckpointDirError(f"cannot remove {directory}: {reason(error)}") from error
 
 
 def abandoned(directory: str) -> list[str]:
@@ -660,6 +673,17 @@ def rootfs_diff(images: str) -> str | None:
 def container_log(images: str) -> str | None:
     """`container.log` beside an image directory, if there is one."""
     return _lies_beside(images, CONTAINER_LOG)
+
+
+def beside(images: str) -> tuple[str, list[str]]:
+    """The directory that holds an image directory in GRIT's layout ("" in another), and those files
+    in it that a restore makes use of."""
+    parent, base = os.path.split(os.path.abspath(images))
+    if base != IMAGES:
+        return "", []
+    names = (ROOTFS_DIFF, CONTAINER_LOG, CONFIG_DUMP, SPEC_DUMP, SUMS)
+    paths = [os.path.join(parent, name) for name in names]
+    return parent, [path for path in paths if os.path.lexists(path)]
 
 
 def is_downloaded(directory: str) -> bool:
@@ -829,5 +853,6 @@ def _is_mount_point(path: str) -> bool:
     return wanted in points
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """For people, with the file's name where it is known."""
     return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)

@@ -105,6 +105,12 @@ class GritOptions(_Settings):
     lane_direct: bool = False
     checksum: Literal["xxh3", "sha256"] = "xxh3"
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
+    sign_key: str | None = None  # a file
+    verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
+    checkpoint_roots: tuple[str, ...] = ()  # directories; empty: anywhere
+    trusted_uids: tuple[int, ...] = ()  # beside root
+    unpack_bytes: int = 0  # 0: what is free
+    unpack_files: int = 2_000_000  # 0: what is free
 
 
 # A check returns the value to keep, or raises ValueError saying what would be right.
@@ -183,6 +189,24 @@ def _seconds_or_never(high: int) -> Check:
     return check
 
 
+def _absolute(value: object) -> str:
+    if value and isinstance(value, str):
+        return _runc_path(value)
+    raise ValueError("an absolute path")
+
+
+def _several(check: Check, kind: str) -> Check:
+    def check_all(value: object) -> tuple[object, ...]:
+        try:
+            if isinstance(value, list):
+                return tuple(check(one) for one in value)
+        except ValueError:
+            pass
+        raise ValueError(f"an array of {kind}")
+
+    return check_all
+
+
 _UINT32 = 2**32 - 1
 
 # The TOML names are those of containerd's Go structure, which is what GRIT's file uses too.
@@ -226,6 +250,12 @@ _GRIT: dict[str, Check] = {
     "lane_direct": _boolean,
     "checksum": _one_of("xxh3", "sha256"),
     "metrics": _path,
+    "sign_key": _path,
+    "verify_keys": _several(_absolute, "absolute paths"),
+    "checkpoint_roots": _several(_absolute, "absolute paths"),
+    "unpack_bytes": _integer(0, 2**63 - 1),
+    "unpack_files": _integer(0, 2**63 - 1),
+    "trusted_uids": _several(_integer(0, _UINT32), "user ids"),
 }
 
 # Tables at the top level, and a key that containerd leaves in the body it makes of the options.

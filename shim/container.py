@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from shim.checkpoint_dir import Draft
     from shim.config import GritOptions
+    from shim.confined import Identity
     from shim.criu_bridge.transport import Cancel
     from shim.cuda.suspension import Suspension
     from shim.devices import Gpu
@@ -27,12 +28,22 @@ if TYPE_CHECKING:
 
 
 class Restore:
-    """What Start needs to know: the image directory, its manifest (None for images that another
-    tool wrote), the diff of the root file system and the saved log that nobody else puts back, the
-    GPUs the container is given, the driver's map from the old ones to these, "" for the same ones,
-    and the memory limits to put back: bytes as raised -> before."""
+    """What Start needs to know: the image directory and, where it is confined, the `identity` that
+    it must still have then; its manifest (None for images that another tool wrote), the diff of the
+    root file system and the saved log that nobody else puts back, the GPUs the container is given,
+    the driver's map from the old ones to these, "" for the same ones, and the memory limits to put
+    back: bytes as raised -> before."""
 
-    __slots__ = ("device_map", "given", "images", "log", "manifest", "raised_limits", "rootfs_diff")
+    __slots__ = (
+        "device_map",
+        "given",
+        "identity",
+        "images",
+        "log",
+        "manifest",
+        "raised_limits",
+        "rootfs_diff",
+    )
 
     def __init__(
         self,
@@ -43,6 +54,7 @@ class Restore:
     ) -> None:
         self.device_map = ""
         self.given: list[Gpu] = []
+        self.identity: Identity | None = None
         self.images = images
         self.log = log
         self.manifest = manifest

@@ -39,8 +39,9 @@ class Unavailable(Exception):
 
 
 def algorithm(settings: GritOptions) -> str:
-    """By what a new checkpoint's files are digested. The one place that decides."""
-    if settings.checksum == XXH3:
+    """By what a new checkpoint's files are digested. The one place that decides: what is signed
+    must have digests that nobody can find another file for."""
+    if settings.checksum == XXH3 and not settings.sign_key:
         try:
             _xxhash()
             return XXH3

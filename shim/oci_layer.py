@@ -1,4 +1,5 @@
-"""A program that unpacks an OCI layer (a tar of changes) onto a root file system: TAR ROOTFS.
+"""A program that unpacks an OCI layer (a tar of changes) onto a root file system:
+TAR ROOTFS BYTES ENTRIES.
 
 The result is what containerd's own `archive.Apply` gives: `.wh.NAME` removes NAME, `.wh..wh..opq`
 hides what lower layers put into a directory and keeps what this layer does, a directory merges
@@ -6,6 +7,10 @@ into a directory and anything else replaces what it finds, owners, modes, times 
 attributes are the layer's. The tar is not trusted. All work is done after a chroot into the root
 file system, which makes every link in it harmless, and names that lead upwards are refused even
 so; once inside, nothing may be imported, since it would be the container's code that ran.
+
+Of device nodes it makes those that any container has, and lets those stand that are there already;
+the others are left out. At most BYTES are written and ENTRIES made (0: no limit of their own), and
+never more than 15 of 16 parts of what the file system has free; its own memory is limited, too.
 
 Exit status 0, with a line on stdout for each thing left out; or 1, with the reason on stderr.
 """
@@ -16,6 +21,7 @@ import errno
 import gzip
 import os
 import re
+import resource
 import shutil
 import stat
 import sys
@@ -28,6 +34,7 @@ _WHITEOUT_META = b".wh..wh."  # aufs's own; of these only the opaque marker mean
 _OPAQUE = b".wh..wh..opq"
 _XATTR = "SCHILY.xattr."
 _BLOCK = 1 << 20
+_MEMORY = 1 << 30  # bytes of address space; no honest layer's headers need a tenth of it
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or a PAX header; Go's archive/tar draws it there too
 _EXTENDED = (
     tarfile.XHDTYPE,
@@ -38,15 +45,20 @@ _EXTENDED = (
 )
 
 
+# null, zero, full, random, urandom, tty, ptmx: what runc puts into every container's /dev
+# (libcontainer specconv.AllowedDevices), and what a chroot or an image built within one has.
+_ANYBODYS = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)}
+
+
 class LayerError(Exception):
     """The layer cannot be unpacked; says which entry, and why."""
 
 
-class _Entry(tarfile.TarInfo):
+class Entry(tarfile.TarInfo):
     """An entry whose header must be whole: tarfile by itself takes a bad one for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Entry:
         try:
             entry = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -94,22 +106,53 @@ class _Forward:
         return True
 
 
+class _Room:
+    """What may still be written and made."""
+
+    def __init__(self, most_bytes: int, most_entries: int) -> None:
+        """Of the file system at "/"; 0 for no limit but what is free there."""
+        found = os.statvfs("/")
+        free = found.f_bavail * found.f_frsize
+        self._bytes = self._all_bytes = min(most_bytes or free, free - free // 16)
+        self._entries = most_entries or sys.maxsize
+        if found.f_files:  # btrfs and others have no fixed number
+            self._entries = min(self._entries, found.f_favail - found.f_favail // 16)
+        self._all_entries = self._entries
+
+    def take(self, size: int) -> None:
+        self._bytes -= size
+        if self._bytes < 0:
+            raise LayerError(
+                f"would be more than the {self._all_bytes} bytes that may be written here"
+            )
+
+    def take_entry(self) -> None:
+        self._entries -= 1
+        if self._entries < 0:
+            raise LayerError(f"would be more than the {self._all_entries} files there may be here")
+
+
 def main(arguments: list[str]) -> int:
     try:
-        tar, rootfs = arguments
+        tar, rootfs, most_bytes, most_entries = arguments
+        limits = int(most_bytes), int(most_entries)
     except ValueError:
-        print("usage: oci_layer TAR ROOTFS", file=sys.stderr)
+        print("usage: oci_layer TAR ROOTFS BYTES ENTRIES", file=sys.stderr)
         return 2
     try:
         with open(tar, "rb") as file:
             layer = _decompressed(file)
             _enter(rootfs)
-            for notice in _unpack(layer):
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+            for notice in _unpack(layer, _Room(*limits)):
                 print(notice)
             while layer.read(_BLOCK):  # to the end, where the compression's checksum is
                 pass
     except LayerError as error:
         print(error, file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"its headers need more than {_MEMORY} bytes of memory", file=sys.stderr)
         return 1
     except Exception as error:  # a traceback would need imports, and the reader wants one line
         print(_reason(error), file=sys.stderr)
@@ -153,12 +196,13 @@ def _enter(rootfs: str) -> None:
     sys.meta_path.clear()
 
 
-def _unpack(layer: IO[bytes]) -> Iterator[str]:
+def _unpack(layer: IO[bytes], room: _Room) -> Iterator[str]:
     """Unpacks onto "/", yielding a line for each thing left out."""
     unpacked: set[bytes] = set()  # and the directories above, so that opaque markers spare them
     directories: list[tuple[bytes, tuple[int, int]]] = []
     for archive, entry in _entries(layer):
         try:
+            room.take_entry()
             parts = _parts(entry.name)
             if not parts or (parts[0].startswith(_WHITEOUT_META) and parts[0] != _OPAQUE):
                 continue
@@ -173,13 +217,18 @@ def _unpack(layer: IO[bytes]) -> Iterator[str]:
                     raise LayerError("is not a whiteout of anything")
                 _remove(os.path.join(parent, hidden))
             else:
-                _create(archive, entry, path)
+                if not _create(archive, entry, path, room):
+                    device = f"{entry.devmajor}:{entry.devminor}"
+                    yield f"{entry.name!r}: device node {device} left out"
+                    continue
                 yield from _set_attributes(entry, path)
                 if entry.isdir():
                     directories.append((path, _times(entry)))
                 while path not in unpacked:
                     unpacked.add(path)
                     path = os.path.dirname(path)
+        except MemoryError:
+            raise
         except Exception as error:
             raise LayerError(f"{entry.name!r}: {_reason(error)}") from error
     # Only now, since each entry made in a directory changed its time.
@@ -192,7 +241,7 @@ def _entries(layer: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInf
     with tarfile.open(
         fileobj=cast(IO[bytes], _Forward(layer)),
         mode="r:",
-        tarinfo=_Entry,
+        tarinfo=Entry,
         encoding="utf-8",
         errors="surrogateescape",
     ) as archive:
@@ -241,18 +290,30 @@ def _hide_lower(directory: bytes, unpacked: set[bytes]) -> None:
                 _hide_lower(entry.path, unpacked)
 
 
-def _create(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: bytes) -> None:
+def _create(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: bytes, room: _Room) -> bool:
+    """False for a device node that no layer may bring; what was at its place is gone then."""
     try:
-        is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
+        present = os.lstat(path)
     except FileNotFoundError:
-        is_directory = False
-    if entry.isdir() and is_directory:
-        return
+        present = None
+    if entry.isdir() and present and stat.S_ISDIR(present.st_mode):
+        return True
+    device = entry.ischr() or entry.isblk()
+    if device:
+        kind = stat.S_IFCHR if entry.ischr() else stat.S_IFBLK
+        number = os.makedev(entry.devmajor, entry.devminor)
+        if present and (stat.S_IFMT(present.st_mode), present.st_rdev) == (kind, number):
+            return True
     _remove(path)
+    if device:
+        if not entry.ischr() or (entry.devmajor, entry.devminor) not in _ANYBODYS:
+            return False
+        os.mknod(path, kind | 0o600, number)
+        return True
     if entry.isdir():
         os.mkdir(path, 0o700)
     elif entry.isreg():
-        _write_file(archive, entry, path)
+        _write_file(archive, entry, path, room)
     elif entry.issym():
         os.symlink(_bytes(entry.linkname), path)
     elif entry.islnk():
@@ -267,21 +328,21 @@ def _create(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: bytes) -> No
             raise LayerError(reason) from error
     elif entry.isfifo():
         os.mkfifo(path, 0o600)
-    elif entry.ischr() or entry.isblk():
-        kind = stat.S_IFCHR if entry.ischr() else stat.S_IFBLK
-        os.mknod(path, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
     else:
         raise LayerError(f"is of type {entry.type!r}, which no layer has")
+    return True
 
 
-def _write_file(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: bytes) -> None:
+def _write_file(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: bytes, room: _Room) -> None:
     # Of a sparse file the archive holds these extents; what lies between stays a hole.
     sparse = cast(list[tuple[int, int]] | None, entry.sparse)
+    extents = [(0, entry.size)] if sparse is None else sparse
+    room.take(sum(max(length, 0) for _, length in extents))
     source = archive.extractfile(entry)
     assert source is not None
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with open(fd, "wb", buffering=0) as file:
-        for start, length in [(0, entry.size)] if sparse is None else sparse:
+        for start, length in extents:
             source.seek(start)
             file.seek(start)
             left = length

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from shim.checkpoint_dir import Problem
+    from shim.config import GritOptions
+    from shim.confined import Identity
     from shim.container import Container
     from shim.manifest import Manifest
     from shim.pod import Pod
@@ -75,16 +77,20 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     injected.NotGiven or headroom.NoRoom with nothing created.
     """
     spec = bundle.read_spec(container.bundle)
-    images, diff, saved_log = create.checkpoint, None, None
+    images, diff, saved_log, identity = create.checkpoint, None, None, None
     if not images:
         images = _annotated(bundle.annotations_of(spec), container)
         if not images:
             return None
+        identity = _identity(images, container.config)
+        if container.config.checkpoint_roots and identity is None:
+            raise RestoreError(f"container {container.id}: the checkpoint {images} has just gone")
         diff, saved_log = checkpoint_dir.rootfs_diff(images), checkpoint_dir.container_log(images)
     failpoint.reach("verify")
-    manifest = _verified(images, beside=not create.checkpoint)
+    manifest = _verified(images, container.config, beside=not create.checkpoint)
     fit.require(container, spec, images, manifest)
     found = Restore(images, manifest, diff, saved_log)
+    found.identity = identity
     injections: list[tuple[str, str | None]] = []
     try:
         with_cuda = bool(found.processes)
@@ -112,10 +118,22 @@ def fill(container: Container, filled_volumes: set[str]) -> None:
     found = container.restore
     assert found is not None
     failpoint.reach("fill")
-    volumes.put_back(bundle.read_spec(container.bundle), found.images, filled_volumes)
+    _require_same(container, found)
+    limits = container.config.unpack_bytes, container.config.unpack_files
+    spec = bundle.read_spec(container.bundle)
+    left_out = volumes.put_back(spec, found.images, filled_volumes, limits)
     if found.rootfs_diff:
         rootfs = os.path.join(container.bundle, "rootfs")
-        rootfs_diff.apply(found.rootfs_diff, rootfs, python=places.python())
+        left_out += rootfs_diff.apply(
+            found.rootfs_diff, rootfs, limits=limits, python=places.python()
+        )
+    if left_out:
+        log.warning(
+            "not all of the checkpoint's files were put back",
+            id=container.id,
+            left_out="; ".join(left_out[:5]),
+            count=len(left_out),
+        )
     if found.manifest is not None:
         injected.make_mount_points(container, found.manifest)
     if found.log:
@@ -150,6 +168,7 @@ def start(container: Container, pod: Pod) -> bytes:
     """
     found = container.restore
     assert found is not None
+    _require_same(container, found)
     began = time.monotonic()
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
@@ -198,7 +217,9 @@ def _annotated(notes: dict[str, str], container: Container) -> str:
         return ""
     if notes.get(GRIT_RESTORE):
         _await_download(container, directory)
-    images = checkpoint_dir.find_checkpoint(directory, cri.container_name(notes))
+    images = None
+    if not container.config.checkpoint_roots or _identity(directory, container.config):
+        images = checkpoint_dir.find_checkpoint(directory, cri.container_name(notes))
     if images:
         return images
     if container.config.on_missing_checkpoint == "fail":
@@ -212,6 +233,24 @@ def _annotated(notes: dict[str, str], container: Container) -> str:
         directory=directory,
     )
     return ""
+
+
+def _identity(directory: str, settings: GritOptions) -> Identity | None:
+    """None where no roots are configured, or there is no such directory beneath them."""
+    if not settings.checkpoint_roots:
+        return None
+    from shim import confined
+
+    return confined.locate(directory, settings.checkpoint_roots, settings.trusted_uids)
+
+
+def _require_same(container: Container, found: Restore) -> None:
+    """Raises RestoreError where the images that were verified have given way to others."""
+    if found.identity and found.identity != _identity(found.images, container.config):
+        raise RestoreError(
+            f"container {container.id}: another directory has taken the place of {found.images} "
+            "since it was verified. Nothing of it was restored; look at who writes there"
+        )
 
 
 def _await_download(container: Container, directory: str) -> None:
@@ -230,26 +269,32 @@ def _await_download(container: Container, directory: str) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _verified(images: str, *, beside: bool) -> Manifest | None:
+def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest | None:
     """The manifest, after every file was compared with it, and what lies `beside` with its own
-    sums. None for images without one. Raises CheckpointDirError for what is damaged, or could be
-    another user's work."""
-    suspicious = checkpoint_dir.untrusted(images)
+    sums. None for images without one. Raises CheckpointDirError for what is damaged, could be
+    another user's work, or is not signed where `verify_keys` asks for it."""
+    from shim import confined
+
+    keys = settings.verify_keys
+    suspicious = confined.untrusted(images, settings.trusted_uids)
     if suspicious:
         raise CheckpointDirError(
             f"the checkpoint {images} was not restored, since others than root could have changed "
             f"it: {_listed(suspicious)}"
         )
-    problems = checkpoint_dir.verify_beside(images) if beside else []
+    problems = checkpoint_dir.verify_beside(images, keys) if beside else []
     manifest = None
     try:
-        manifest = checkpoint_dir.load(images)
+        manifest = checkpoint_dir.load(images, keys)
     except checkpoint_dir.ForeignCheckpoint:
+        if keys:
+            raise
         log.warning("images without a manifest: restored unverified", images=images)
     if manifest is not None:
         # The lane's files are read, and compared, when they are filled in.
         found = checkpoint_dir.verify(images, manifest, but=lane.files(manifest))
-        problems += [one for one in found if one.kind != "extra"]
+        # CRIU would take some files for images that the manifest does not know.
+        problems += [one for one in found if keys or one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
             f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"

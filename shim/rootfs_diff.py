@@ -11,12 +11,20 @@ class DiffError(Exception):
     """The diff was not applied, or not all of it: the container must not be started."""
 
 
-def apply(tar: str, rootfs: str, *, python: str | None = None, timeout: float = 600.0) -> list[str]:
-    """Unpacks the layer `tar` (plain, gzip or zstd) onto the directory `rootfs`.
+def apply(
+    tar: str,
+    rootfs: str,
+    *,
+    limits: tuple[int, int] = (0, 0),
+    python: str | None = None,
+    timeout: float = 600.0,
+) -> list[str]:
+    """Unpacks the layer `tar` (plain, gzip or zstd) onto the directory `rootfs`; at most so many
+    bytes and so many files as the `limits` say, 0 for what is free.
 
-    Returns a line for each thing left out, such as attributes the file system does not have.
-    Raises DiffError naming the entry and the reason, also if it takes longer than `timeout`
-    seconds. `python` is the interpreter to run, this process's own by default.
+    Returns a line for each thing left out, such as attributes the file system does not have, or
+    device nodes. Raises DiffError naming the entry and the reason, also if it takes longer than
+    `timeout` seconds. `python` is the interpreter to run, this process's own by default.
     """
     import os
     import subprocess
@@ -26,7 +34,7 @@ def apply(tar: str, rootfs: str, *, python: str | None = None, timeout: float = 
     half = "the root file system is left half changed: do not start the container"
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "oci_layer.py")
     paths = [os.path.abspath(tar), os.path.abspath(rootfs)]
-    command = [python or sys.executable, "-I", program, *paths]
+    command = [python or sys.executable, "-I", program, *paths, *map(str, limits)]
     try:
         done = subprocess.run(
             command,

@@ -65,16 +65,21 @@ def save(spec: dict[str, Any], images: str, timeout: float) -> None:
             raise VolumeError(f"the volume {destination} ({source}) was not saved: {reason}")
 
 
-def put_back(spec: dict[str, Any], images: str, filled: set[str]) -> None:
+def put_back(
+    spec: dict[str, Any], images: str, filled: set[str], limits: tuple[int, int]
+) -> list[str]:
     """Unpacks the saved volumes into those that the new container has at the same places, unless
-    they are among those `filled` before; adds to these. Raises rootfs_diff.DiffError."""
+    they are among those `filled` before; adds to these. `limits`, answer and errors are those of
+    `rootfs_diff.apply`."""
     from shim import rootfs_diff
 
+    left_out = []
     for destination, source in of(spec).items():
         tar = os.path.join(images, _name(destination))
         if os.path.exists(tar) and source not in filled:
-            rootfs_diff.apply(tar, source, python=places.python())
+            left_out += rootfs_diff.apply(tar, source, limits=limits, python=places.python())
             filled.add(source)
+    return left_out
 
 
 def _name(destination: str) -> str:

@@ -12,7 +12,10 @@ import pytest
 
 from shim import checkpoint_dir, restore
 from shim.checkpoint_dir import CheckpointDirError, Draft
+from shim.config import GritOptions
 from tests.test_checkpoint_dir import published
+
+DEFAULTS = GritOptions()
 
 
 def fill(place: Path) -> None:
@@ -110,10 +113,10 @@ def _places(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
-def _wrong(images: Path) -> str:
+def _wrong(images: Path, settings: GritOptions = DEFAULTS) -> str:
     """What a restore by annotation says of the checkpoint, "" if it would begin."""
     try:
-        restore._verified(str(images), beside=True)
+        restore._verified(str(images), settings, beside=True)
     except checkpoint_dir.CheckpointDirError as error:
         return str(error)
     return ""

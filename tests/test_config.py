@@ -53,6 +53,12 @@ lane_from = 1048576
 lane_threads = 4
 lane_direct = true
 metrics = "/var/lib/metrics"
+sign_key = "/etc/grit/node.pem"
+verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
+checkpoint_roots = ["/var/lib/checkpoints"]
+trusted_uids = [65534]
+unpack_bytes = 1073741824
+unpack_files = 1000
 """
 
 
@@ -103,6 +109,12 @@ def test_every_key_arrives_under_its_own_name() -> None:
         lane_threads=4,
         lane_direct=True,
         metrics="/var/lib/metrics",
+        sign_key="/etc/grit/node.pem",
+        verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),
+        checkpoint_roots=("/var/lib/checkpoints",),
+        trusted_uids=(65534,),
+        unpack_bytes=1 << 30,
+        unpack_files=1000,
     )
     # The example above leaves no key out and keeps none at its default.
     assert all(getattr(runc, n) != getattr(RuncOptions, n) for n in RuncOptions.__annotations__)
@@ -162,6 +174,10 @@ def test_an_empty_path_is_the_default() -> None:
         ("[grit]\ncriu = 'bin/criu'", 2, "an absolute path, or a name without slashes"),
         ("[grit]\ncriu = ''", 2, "an absolute path, or a name without slashes"),
         ("[grit]\nplugin_dir = 'lib'", 2, 'an absolute path, or "" for the default'),
+        ("[grit]\nverify_keys = '/a'", 2, 'is "/a"; it must be an array of absolute paths'),
+        ("[grit]\nverify_keys = ['/a', 'b']", 2, "it must be an array of absolute paths"),
+        ("[grit]\nverify_keys = ['']", 2, "it must be an array of absolute paths"),
+        ("[grit]\ntrusted_uids = [-1]", 2, "it must be an array of user ids"),
         ("IoUid = -1", 1, "is -1; it must be a whole number from 0"),
         ("SystemdCgroup = 'yes'", 1, "it must be true or false"),
         ("Root = 'run'", 1, "an absolute path"),

@@ -148,7 +148,7 @@ def test_files_of_every_kind(place: Place) -> None:
         ),
         entry("d/caf\udce9", b"latin-1"),
     )
-    assert notices == []
+    assert notices == ["'d/disk': device node 8:300 left out"]
     root = place.root
     status = (root / "d").stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o1777, 5, 6)
@@ -165,10 +165,9 @@ def test_files_of_every_kind(place: Place) -> None:
     assert os.readlink(root / "d/link") == "../../../outside/secret"
     assert (root / "d/hard-link-to-link").lstat().st_ino == (root / "d/link").lstat().st_ino
     assert stat.S_ISFIFO((root / "d/fifo").lstat().st_mode)
-    null, disk = (root / "d/null").lstat(), (root / "d/disk").lstat()
+    null = (root / "d/null").lstat()
     assert stat.S_ISCHR(null.st_mode) and null.st_rdev == os.makedev(1, 3)
-    assert stat.S_ISBLK(disk.st_mode) and disk.st_rdev == os.makedev(8, 300)
-    assert stat.S_IMODE(null.st_mode) == 0o666 and disk.st_gid == 6
+    assert stat.S_IMODE(null.st_mode) == 0o666
     assert (root / ("d/" + "n" * 250)).read_bytes() == b"long"
     assert (root / ("d/" + "p/" * 150 + "deep")).read_bytes() == b"deep"
     assert (root / "d/caf\xe9").stat().st_mtime_ns == 1_600_000_001_500_000_000
@@ -515,6 +514,105 @@ for attempt in (lambda: "x".encode("cp437"), lambda: __import__("wave")):
     assert not (place.root / "trapped").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (tarfile.CHRTYPE, (1, 1)),  # /dev/mem
+        (tarfile.CHRTYPE, (0, 0)),  # to overlayfs a whiteout; a layer has .wh. for it
+        (tarfile.CHRTYPE, (195, 0)),
+        (tarfile.BLKTYPE, (1, 3)),
+        (tarfile.BLKTYPE, (8, 0)),
+    ],
+)
+def test_no_layer_brings_a_device(place: Place, kind: bytes, number: tuple[int, int]) -> None:
+    """Nor does one in the image stand for another; what it replaces is gone all the same."""
+    (place.root / "a").write_text("old")
+    os.mknod(place.root / "b", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    device = {"kind": kind, "devmajor": number[0], "devminor": number[1]}
+    text = f"device node {number[0]}:{number[1]} left out"
+    assert place.apply(*(entry(name, **device) for name in ("a", "b", "new")), entry("end")) == [
+        f"'{name}': {text}" for name in ("a", "b", "new")
+    ]
+    assert place.names() == {"end"}
+
+
+def test_a_device_of_the_image_stays_with_the_layers_owner_and_mode(place: Place) -> None:
+    os.mknod(place.root / "disk", stat.S_IFBLK | 0o600, os.makedev(8, 0))
+    disk = entry("disk", kind=tarfile.BLKTYPE, mode=0o640, gid=6, devmajor=8, devminor=0)
+    assert place.apply(disk) == []
+    status = (place.root / "disk").lstat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o640, 6)
+    assert status.st_rdev == os.makedev(8, 0)
+
+
+def test_no_more_is_written_or_made_than_may_be(place: Place) -> None:
+    """A bomb is refused by what it says of itself, before it is written."""
+    place.tar.write_bytes(
+        gzip.compress(tarred(entry("small", b"x" * 1000), entry("bomb", b"\0" * 50_000_000)))
+    )
+    with pytest.raises(DiffError, match="'bomb': would be more than the 1000000 bytes that may"):
+        apply(str(place.tar), str(place.root), limits=(1_000_000, 0))
+    assert not (place.root / "bomb").exists() or (place.root / "bomb").stat().st_size == 0
+    place.tar.write_bytes(tarred(*(entry(f"{number}") for number in range(11))))
+    with pytest.raises(DiffError, match="'10': would be more than the 10 files"):
+        apply(str(place.tar), str(place.root), limits=(0, 10))
+    assert apply(str(place.tar), str(place.root), limits=(0, 11)) == []
+
+
+def test_a_full_file_system_is_not_filled_to_the_brim(place: Place, tmp_path: pathlib.Path) -> None:
+    """By default a sixteenth of what was free, of room and of inodes, stays so."""
+    program = (
+        "import sys; from shim.rootfs_diff import apply\n"
+        "try: apply(*sys.argv[1:])\n"
+        "except Exception as error: print(error)"
+    )
+    mount = f"mount -t tmpfs -o size=4m,nr_inodes=100 none '{place.root}'"
+    words = f'{mount} && \'{sys.executable}\' -c "$0" "$@"'
+    said = []
+    for layer in (
+        [entry("big", b"x" * 3_950_000)],
+        [entry(str(number)) for number in range(96)],
+        [entry("fits", b"x" * 3_900_000), *(entry(str(number)) for number in range(80))],
+    ):
+        place.tar.write_bytes(tarred(*layer))
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", words, program, place.tar, place.root],
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(done.stdout)
+    assert "'big': would be more than the 3932160 bytes that may be written here" in said[0]
+    assert "would be more than the 93 files there may be here" in said[1]
+    assert said[2] == ""
+
+
+def test_headers_that_never_end_do_not_take_all_memory(place: Place) -> None:
+    """An old GNU header of a sparse file goes on in blocks of 21 extents, and says itself
+    whether another follows."""
+    header = bytearray(entry("sparse")[0].tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:483] = b"0" * 97
+    header[482] = 1  # goes on
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    block = b"00000000001\0" * 42 + b"\1" + bytes(7)
+    place.tar.write_bytes(gzip.compress(bytes(header) + block * 60_000, 1))
+    program = (
+        "import sys; from shim import oci_layer; oci_layer._MEMORY = 100 << 20; "
+        "sys.exit(oci_layer.main([*sys.argv[1:], '0', '0']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, place.tar, place.root],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "its headers need more than" in done.stderr, done.stderr
+
+
 def test_nothing_is_unpacked_onto_the_host(place: Place) -> None:
     place.tar.write_bytes(tarred(entry("grit-was-here")))
     with pytest.raises(DiffError, match="this machine's own root"):
@@ -619,7 +717,7 @@ def build(root: pathlib.Path, tree: dict[str, Node]) -> None:
         elif node.kind == "fifo":
             os.mkfifo(path)
         elif node.kind == "char":
-            os.mknod(path, stat.S_IFCHR, os.makedev(1, node.value))
+            os.mknod(path, stat.S_IFCHR, os.makedev(1, [3, 5, 7][node.value]))
         else:
             path.write_bytes(b"content" * node.value)
             files.append(path)

@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, oci_layer
 from shim.gritctl.stored import NotACheckpoint, text, writer_of
 from shim.manifest import INVENTORY
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
 _MAX_DOCUMENT = 16 << 20
+_MAX_NAMES = 64 << 20  # bytes of all names together, each counted as 64 more
+_MAX_WRONG = 10  # entries named; the first is enough not to unpack it
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -57,7 +59,7 @@ def read(path: str) -> Archive:
     try:
         with open(path, "rb") as file:
             _read(decompressed(file), found)
-    except (tarfile.ReadError, EOFError, OSError, ValueError) as error:
+    except (tarfile.ReadError, oci_layer.LayerError, EOFError, OSError, ValueError) as error:
         if not found.names:
             raise NotACheckpoint(
                 f"{path} is neither a checkpoint directory nor a tar archive of one: {error}"
@@ -92,10 +94,18 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def _read(file: IO[bytes], found: Archive) -> None:
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
+    room = _MAX_NAMES
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=oci_layer.Entry) as tar:
         for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
             name = os.path.normpath(member.name)
+            room -= len(name) + 64
+            if room < 0:
+                raise ValueError(f"it has more than {len(found.names)} entries, as none has")
             found.names.append(name)
+            odd = _odd(member)
+            if odd and len(found.wrong) < _MAX_WRONG:
+                found.wrong.append(f"{name} {odd}: do not unpack it")
             if not member.isfile():
                 continue
             data = tar.extractfile(member)
@@ -111,6 +121,15 @@ def _read(file: IO[bytes], found: Archive) -> None:
                 raise EOFError(f"{name} has {size} bytes of {member.size}")
             if name in (checkpoint_dir.CONFIG_DUMP, checkpoint_dir.SPEC_DUMP):
                 _keep_document(found, name, kept)
+
+
+def _odd(member: tarfile.TarInfo) -> str:
+    """What no checkpoint holds, and whoever unpacks it would write or open elsewhere."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "leads out of the directory it is unpacked into"
+    if not (member.isreg() or member.isdir()):
+        return "is a link or a device, which no checkpoint holds"
+    return ""
 
 
 def _keep_document(found: Archive, name: str, data: bytes) -> None:

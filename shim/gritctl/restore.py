@@ -12,7 +12,7 @@ import tempfile
 
 import click
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, config, confined
 from shim.gritctl import containerd, output, stored
 from shim.gritctl import messages as m
 from shim.gritctl.containerd import (
@@ -87,6 +87,7 @@ def command(
     (one,) = containers
     if one.manifest_error and not one.foreign:
         raise RestoreError(one.manifest_error)
+    _require_trusted(one)
     with Containerd(address, namespace) as connection, Interrupts() as interrupts:
         made = _Restoring(connection, one, name or one.container, notes, log or "", interrupts)
         pid = made.run()
@@ -232,6 +233,18 @@ class _Restoring:
             kill = m.KillTask(container_id=self.id, signal=9, all=True)
             self.containerd.do(TASKS, "Kill", kill)
             ended.result()
+
+
+def _require_trusted(one: stored.Stored) -> None:
+    """Raises CheckpointDirError where others may have written what the new container is made of:
+    the shim looks at it again, but the container's rights and mounts come from here."""
+    settings = config.load()[1]
+    problems = confined.untrusted(one.images, settings.trusted_uids)
+    if settings.verify_keys:
+        problems += checkpoint_dir.verify_beside(one.images, settings.verify_keys)
+    if problems:
+        shown = "; ".join(map(str, problems[:5]))
+        raise RestoreError(f"{one.directory} was not restored: {shown}")
 
 
 def _annotation(note: str) -> tuple[str, str]:

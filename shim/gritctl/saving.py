@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 
-from shim import checkpoint_dir, messages
+from shim import checkpoint_dir, config, messages, signing
 from shim.checkpoint_dir import CheckpointDirError, ForeignCheckpoint
 from shim.gritctl import containerd as api
 from shim.gritctl import messages as m
@@ -92,6 +92,7 @@ class Saving:
                     f"{target.container.runtime.name if target.container.runtime else 'nothing'}: "
                     "start it with the runtime io.containerd.grit.v1. Nothing was done to it"
                 )
+        sign = signing.signer(config.load()[1].sign_key)
         draft = checkpoint_dir.Draft.begin(self.directory)
         lease = ""
         try:
@@ -106,7 +107,7 @@ class Saving:
                 self._go_on_unless_stopped()
                 stuck = "" if self.end else self._resume()
                 with self.display.phase(self._all(), "publish"):
-                    draft.publish_whole()
+                    draft.publish_whole(sign)
             except _Stopped:
                 self.display.say("interrupted: undoing; a GPU copy under way has to end first")
                 raise Interrupted(f"interrupted. Undone: {self._undo()}") from None

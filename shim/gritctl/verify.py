@@ -11,16 +11,18 @@ import tarfile
 
 import click
 
-from shim import checkpoint_dir, config, devices, gpu, headroom
+from shim import checkpoint_dir, config, confined, devices, gpu, headroom, oci_layer, signing
 from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
 from shim.cuda.errors import CudaError
 from shim.gritctl import archive, output, stored
 from shim.gritctl.cli import NO, NOT_HERE
+from shim.manifest import MANIFEST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from shim.config import GritOptions
@@ -31,15 +33,27 @@ if TYPE_CHECKING:
 @click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Compare sizes only: read no file to its end.")
 @click.option("--no-node", is_flag=True, help="Ask nothing about this node.")
+@click.option(
+    "--key",
+    "keys",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(),
+    help="It must be signed with this key, or with another that is given; else with one of the "
+    "verify_keys in grit.toml, if there are any.",
+)
 @output.json_option
-def command(directory: str, quick: bool, no_node: bool, as_json: bool) -> int:
+def command(
+    directory: str, quick: bool, no_node: bool, keys: tuple[str, ...], as_json: bool
+) -> int:
     """Check the checkpoint in DIR: every file's checksum, every image against the others it
-    refers to, and whether this node could restore it.
+    refers to, who has signed it, and whether this node could restore it.
 
     \b
     Examples:
       gritctl verify /var/lib/checkpoints/job
       gritctl verify --no-node /mnt/checkpoints/job     on a machine without GPUs
+      gritctl verify --key ops.pub /mnt/checkpoints/job
       gritctl verify /var/lib/checkpoints/job && gritctl restore /var/lib/checkpoints/job
 
     Exit status: 0 whole and restorable here, 3 damaged, 4 whole but not restorable
@@ -49,8 +63,9 @@ def command(directory: str, quick: bool, no_node: bool, as_json: bool) -> int:
         return _verify_archive(directory, as_json)
     containers = stored.open_all(directory)
     settings = None if no_node else config.load()[1]
+    keys = keys or (settings.verify_keys if settings else ())
     outside = [] if quick else (checkpoint_dir.verify_sums(directory) or [])
-    results = [check(one, settings, quick=quick) for one in containers]
+    results = [check(one, settings, keys, quick=quick) for one in containers]
     results[0]["damage"] += [str(problem) for problem in outside if problem.kind != "extra"]
     results[0]["notes"] += [str(problem) for problem in outside if problem.kind == "extra"]
     damaged = any(result["damage"] for result in results)
@@ -65,10 +80,16 @@ def command(directory: str, quick: bool, no_node: bool, as_json: bool) -> int:
     return NO if damaged else NOT_HERE if refused else 0
 
 
-def check(one: stored.Stored, settings: GritOptions | None, *, quick: bool) -> dict[str, Any]:
+def check(
+    one: stored.Stored, settings: GritOptions | None, keys: Sequence[str], *, quick: bool
+) -> dict[str, Any]:
     """What is wrong: `damage` with the checkpoint, `here` with restoring it on this node. `notes`
     are worth knowing and hinder nothing."""
     damage, notes = _files(one, quick=quick)
+    signed_by, unsigned = _signature(one, keys, quick=quick)
+    damage += unsigned
+    if keys:  # what nobody has signed is not restored
+        damage, notes = damage + notes, []
     contents = one.read_contents()
     if contents is None:
         damage.append(one.contents_error)
@@ -88,6 +109,7 @@ def check(one: stored.Stored, settings: GritOptions | None, *, quick: bool) -> d
         "container": one.container,
         "written_by": one.writer(),
         "files": len(one.manifest.files) if one.manifest else None,
+        "signed_by": signed_by,
         # One broken file is often met twice, by its checksum and by what is in it.
         "damage": list(dict.fromkeys(damage)),
         "here": here,
@@ -104,6 +126,23 @@ def _files(one: stored.Stored, *, quick: bool) -> tuple[list[str], list[str]]:
         return [str(error)], []
     lines = {kind: [str(p) for p in problems if (p.kind == "extra") == kind] for kind in (0, 1)}
     return lines[False], lines[True]
+
+
+def _signature(one: stored.Stored, keys: Sequence[str], *, quick: bool) -> tuple[str, list[str]]:
+    """By whom the checkpoint is signed, and what of it is not, though there are keys."""
+    where = os.path.join(one.images, MANIFEST)
+    try:
+        if not keys:
+            claimed = signing.claimed(where)
+            return (f"the {claimed}, which nobody checked: no key is given" if claimed else ""), []
+        with open(where, "rb") as file:
+            signer = signing.require(file.read(checkpoint_dir.MAX_MANIFEST), where, keys)
+        beside = [] if quick else checkpoint_dir.verify_beside(one.images, keys)
+    except OSError as error:
+        return "", [f"{where}: cannot be read: {error.strerror}"]
+    except CheckpointDirError as error:
+        return "", [str(error)]
+    return signer, [str(problem) for problem in beside if problem.kind == "extra"]
 
 
 def _references(one: stored.Stored, contents: Contents) -> list[str]:
@@ -136,7 +175,9 @@ def _layer(path: str) -> list[str]:
     try:
         with (
             open(path, "rb") as file,
-            tarfile.open(fileobj=archive.decompressed(file), mode="r|*") as tar,
+            tarfile.open(
+                fileobj=archive.decompressed(file), mode="r|*", tarinfo=oci_layer.Entry
+            ) as tar,
         ):
             for member in tar:
                 data = tar.extractfile(member) if member.isreg() else None
@@ -154,8 +195,8 @@ def _layer(path: str) -> list[str]:
 
 def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -> list[str]:
     """What would make a restore fail here; what is merely different goes to `notes`."""
-    found = []
     manifest, contents = one.manifest, one.contents
+    found = _against_storage(one, settings)
     try:
         here = client.version(transport.Swrk(settings.criu))
     except (CriuError, OSError) as error:
@@ -184,6 +225,17 @@ def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -
             if not os.path.exists(plugin):
                 found.append(f"CRIU's CUDA plugin made the images, and {plugin} does not exist")
     return found
+
+
+def _against_storage(one: stored.Stored, settings: GritOptions) -> list[str]:
+    """Where it lies, and who could have written it."""
+    roots, trusted = settings.checkpoint_roots, settings.trusted_uids
+    try:
+        if roots:
+            confined.locate(os.path.abspath(one.images), roots, trusted)
+        return [str(problem) for problem in confined.untrusted(one.images, trusted)]
+    except CheckpointDirError as error:
+        return [str(error)]
 
 
 def _against_gpu(one: stored.Stored, settings: GritOptions) -> list[str]:
@@ -221,6 +273,8 @@ def _print(result: dict[str, Any], *, asked: bool, quick: bool) -> None:
     if result["damage"]:
         print("  It is damaged: do not restore it. Copy it again, or take another.")
         return
+    if result["signed_by"]:
+        print(f"  signed by {result['signed_by']}")
     if result["files"] is not None:
         how = "have their sizes; nothing was read" if quick else "are as they were written"
         print(f"  {result['files']} files {how}.", end=" ")
