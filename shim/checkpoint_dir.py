@@ -391,8 +391,8 @@ def load(directory: str, keys: Sequence[str] = ()) -> Manifest:
     manifest = Manifest.decode(data, where)
     if any(file.algorithm != digests.SHA256 for file in manifest.files.values()):
         raise signing.SigningError(
-            f"{where}: is signed, but its files' digests are XXH3's, which do not tell a forged file "
-            "from the right one; who signs has to take SHA-256"
+            f"{where}: is signed, but its files' digests are XXH3's, which do not tell a forged "
+            "file from the right one; who signs has to take SHA-256"
         )
     return manifest
 

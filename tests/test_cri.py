@@ -85,11 +85,11 @@ def test_volumes_there_and_back(tmp_path: Path) -> None:
     assert [entry.name for entry in images.iterdir()] == ["volume-%2Fscratch.tar"]
     filled: set[str] = set()
     spec = {"mounts": [mount("/scratch", str(new / parts))]}
-    volumes.put_back(spec, str(images), filled)
+    volumes.put_back(spec, str(images), filled, (0, 0))
     assert (new / parts / "a").read_text() == "kept"
     assert (new / parts / "a").stat().st_mode & 0o777 == 0o640
     (new / parts / "a").write_text("newer")
-    volumes.put_back(spec, str(images), filled)  # the pod's next container
+    volumes.put_back(spec, str(images), filled, (0, 0))  # the pod's next container
     assert (new / parts / "a").read_text() == "newer"
 
 
