@@ -19,10 +19,13 @@ class Pods:
     def __init__(self, address: str, namespace: str = "k8s.io") -> None:
         self._address, self._namespace = address, namespace
 
-    def uid(self, pod: str) -> str | None:
+    def uid(self, pod: str, seconds: float | None = None) -> str | None:
         """The uid of the pod `<namespace>/<name>` if it has a container that runs here; "" if CRI
-        has told none. Raises ContainerdError if several have that name, or it cannot be known."""
-        with self._connected() as connection:
+        has told none. Raises ContainerdError if several have that name, or it cannot be known, or
+        containerd is asked something that it does not answer in `seconds`."""
+        with self._connected(seconds) as connection:
+            if not connection.containers(targets.labelled(pod)):
+                return None  # most pods are other nodes': not all that is here for each of them
             try:
                 found, _ = targets.find(connection, pod)
             except ContainerdError as error:
@@ -57,5 +60,5 @@ class Pods:
         """The size of a checkpoint; raises CheckpointDirError or stored.NotACheckpoint."""
         return sum(one.bytes() for one in stored.open_all(directory))
 
-    def _connected(self) -> Containerd:
-        return Containerd(self._address, self._namespace)
+    def _connected(self, seconds: float | None = None) -> Containerd:
+        return Containerd(self._address, self._namespace, seconds)

@@ -121,7 +121,7 @@ class Pods:
         self.there, self.paused, self.saves, self.resumed = uid, False, 0, 0
         self.error, self.dies, self.client, self.during = None, "", None, lambda: None
 
-    def uid(self, pod):
+    def uid(self, pod, seconds=None):
         assert pod == "default/train"
         return self.there
 
@@ -296,6 +296,95 @@ def test_a_node_that_is_silent_is_lost_but_not_while_nobody_could_write(server, 
     other.step()
     assert server.status()["phase"] == "Failed"
     assert "node n1" in server.message()
+
+
+def lost(server, tmp_path, pods):
+    """Its agent is killed, and another has noticed."""
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+    other = Agent(server, tmp_path, Pods(None), node="n2")
+    other.step()
+    other._since = {key: since - 2000 for key, since in other._since.items()}
+    other.step()
+    assert server.status()["conditions"][0]["reason"] == "NodeLost"
+
+
+def test_lost_and_back_the_pod_is_resumed(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    lost(server, tmp_path, pods)
+    assert pods.paused
+    pods.dies = ""
+    for _ in range(2):
+        Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "is back: the pod runs on" in server.message()
+    assert (pods.saves, pods.resumed, pods.paused) == (1, 1, False)
+
+
+def test_lost_and_back_with_whole_files(server, tmp_path):
+    pods = Pods()
+    pods.dies = "published"
+    lost(server, tmp_path, pods)
+    pods.dies = ""
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert holds_checkpoint(tmp_path)
+    assert pods.saves == 1
+
+
+def test_lost_and_back_after_it_was_deleted(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    lost(server, tmp_path, pods)
+    pods.dies = ""
+    server.mark_deleted()
+    Agent(server, tmp_path, pods).settle()
+    assert not server.kept
+    assert not pods.paused
+
+
+def test_containerd_that_is_away_is_waited_for(server, tmp_path):
+    """An agent that is back before its containerd does not give up a pod that it had paused."""
+    pods = Pods()
+    pods.dies = "paused"
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+    pods.dies, asked = "", []
+
+    def uid(pod, seconds=None):
+        asked.append(pod)
+        if len(asked) < 3:
+            raise ContainerdError("UNAVAILABLE", "no containerd")
+        return "p1"
+
+    pods.uid = uid
+    Agent(server, tmp_path, pods, lease_seconds=0.01).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert (pods.saves, pods.paused) == (2, False)
+
+
+def test_containerd_that_hangs_is_asked_once_for_all(server, tmp_path):
+    server.create("two", "u2")
+    pods, asked = Pods(), []
+
+    def uid(pod, seconds=None):
+        asked.append(seconds)
+        raise ContainerdError("DEADLINE_EXCEEDED", "hangs")
+
+    pods.uid = uid
+    agent = Agent(server, tmp_path, pods, lease_seconds=30)
+    agent.step()
+    assert asked == [5]
+    agent.step()
+    assert asked == [5, 5]
+
+
+def test_an_annotation_that_is_no_time_is_told(server, tmp_path):
+    server.kept[KEY]["metadata"]["annotations"] = {"grit.dev/ttl-seconds-after-finished": "1h"}
+    Agent(server, tmp_path, Pods()).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert "'1h', which is no number of seconds" in server.message()
 
 
 def test_a_claim_lost_meanwhile_leaves_no_files(server, tmp_path):
