@@ -25,7 +25,8 @@ Checkpointing, Checkpointed or Failed; the condition `Checkpointed` says why. Th
 with the code of `gritctl checkpoint`, into `<store>/<namespace>/<name>/`.
 
 An agent that was killed and comes back resumes what it had paused and begins again, three times at
-most; one that does not come back is failed by another when its claim has run out. A finalizer has
-the files removed with the resource. `spec.ttlSecondsAfterFinished`, or the annotation
-`grit.dev/ttl-seconds-after-finished`, deletes it some time after it has finished.
+most; one that does not come back is failed by another when its claim has run out, and undoes it
+when it comes back after all. A finalizer has the files removed with the resource.
+`spec.ttlSecondsAfterFinished`, or the annotation `grit.dev/ttl-seconds-after-finished`, deletes it
+some time after it has finished.
 """
