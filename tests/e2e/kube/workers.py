@@ -41,9 +41,11 @@ class Worker:
         self.node.path("/etc/grit/agent.toml").write_text(settings)
         self.node.path(_HELD).write_text(Path(__file__).with_name("held_agent.py").read_text())
         self._agent: Process | None = None
+        self._held = ""
 
     def start_agent(self, hold: str = "") -> None:
         """`hold` names the function at which it stops: see `held_agent.py` and `until_held`."""
+        self._held = hold
         words = [_HELD] if hold else ["-m", "shim.agent"]
         words += ["--node", self.name, "--kubeconfig", KUBECONFIG]
         with open(self.node.path(LOG), "ab") as log:
@@ -56,8 +58,9 @@ class Worker:
             )
 
     def agent_pid(self) -> int:
-        """In the node."""
-        return next(p for p, words in self.node.processes().items() if "--kubeconfig" in words)
+        """In the node; 0 without one."""
+        every = self.node.processes().items()
+        return next((pid for pid, words in every if "--kubeconfig" in words), 0)
 
     def until_held(self) -> None:
         """Until the agent has come to where it is held."""
@@ -66,8 +69,11 @@ class Worker:
             stat = self.node.path(f"/proc/{pid}/stat").read_text()
             return stat.rpartition(") ")[2][0] == "T"
 
-        pid = self.agent_pid()
-        gpu.until(f"the agent to stop where it is held; its log: {self.log()}", stopped)
+        pid = gpu.until("the agent", self.agent_pid)
+        try:
+            gpu.until("the agent to stop where it is held", stopped)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log: {self.log()}") from None
 
     def kill_agent(self) -> None:
         """SIGKILL; returns when it is gone."""
@@ -75,16 +81,27 @@ class Worker:
         self._agent.kill()
         self._agent.wait(30)
         self._agent = None
+        gpu.until("the agent's end", lambda: not self.agent_pid())
+
+    def let_agent_run(self) -> None:
+        """Whatever a test did with it."""
+        if self._agent and self._held:
+            self.kill_agent()
+        if not self._agent:
+            self.start_agent()
 
     def log(self) -> str:
         return self.node.path(LOG).read_text()[-4000:]
 
 
 @contextlib.contextmanager
-def two(plane: ControlPlane, store: Path, settings: str) -> Iterator[tuple[Worker, Worker]]:
-    """containerd 1.7 as node-a, 2.1 as node-b, their agents started; `settings` are more of these
-    than the store. The store is a directory of the host's."""
-    settings = f'{settings}[stores]\n{CLAIM} = "{STORE}"\n'
+def two(
+    plane: ControlPlane, store: Path, settings: str, **stores: str
+) -> Iterator[tuple[Worker, Worker]]:
+    """containerd 1.7 as node-a, 2.1 as node-b, their agents started. `store` is a directory of the
+    host's, which both have; `stores` are more claims, and their directories in the node."""
+    lines = [f'{claim} = "{place}"\n' for claim, place in {CLAIM: STORE, **stores}.items()]
+    settings = f"{settings}[stores]\n{''.join(lines)}"
     with contextlib.ExitStack() as stack:
         a, b = (
             stack.enter_context(
