@@ -97,6 +97,7 @@ class GritOptions(_Settings):
     on_missing_checkpoint: Literal["start", "fail"] = "start"
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
+    agent_timeout: float = 10.0  # seconds
     together_timeout: float = 60.0  # seconds
     lane: Literal["auto", "off"] = "auto"
     lane_from: int = 64 * 1024 * 1024  # bytes of a region
@@ -208,6 +209,7 @@ _GRIT: dict[str, Check] = {
     "on_missing_checkpoint": _one_of("start", "fail"),
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
+    "agent_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
     "lane": _one_of("auto", "off"),
     "lane_from": _integer(4096, 2**63 - 1),

@@ -88,6 +88,7 @@ class Container:
         "id",
         "kept",
         "lock",
+        "meant",
         "meet",
         "namespace",
         "orphanable",
@@ -144,6 +145,8 @@ class Container:
         """Of a failed checkpoint: its files are all there is of some device memory."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
+        self.meant = ""
+        """The Restore that the node's agent means for it, by uid: it is told how that ends."""
         self.trace: dict[str, str] = {}
         """The trace that the operation under way belongs to, as its caller told it."""
         self.phases: dict[str, float] = {}

@@ -22,6 +22,9 @@ import time
 from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.settings import UnknownStore
+from shim.agent.status import name_of as _name
+from shim.agent.status import now as _now
+from shim.agent.status import set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.containerd import ContainerdError
 from shim.gritctl.interrupts import Interrupted, Interrupts
@@ -257,7 +260,7 @@ class Checkpoints:
         status, pod = one["status"], _pod(one)
         again = status["phase"] == "Checkpointing"
         directory = status.get("dataPath", "") if again else ""
-        directory = directory if self._is_ours(directory) else ""
+        directory = directory if self.settings.holds(directory) else ""
         try:
             directory = directory or self.settings.directory(one)
             there = os.path.isdir(directory) and bool(os.listdir(directory))
@@ -432,7 +435,7 @@ class Checkpoints:
         """Finishes or undoes what others have failed while this agent was away: nobody else can
         resume what it had paused."""
         status, directory = one["status"], one["status"].get("dataPath", "")
-        if self._is_ours(directory) and os.path.isdir(directory) and os.listdir(directory):
+        if self.settings.holds(directory) and os.path.isdir(directory) and os.listdir(directory):
             text = f"{self.pods.saved_bytes(directory)} bytes in {directory}, though its agent was "
             _set(one, "Checkpointed", "Complete", text + "away before it could say so")
         else:
@@ -456,7 +459,7 @@ class Checkpoints:
                     told = "the pod runs on"
         except ContainerdError as error:
             told = f"the pod may still be paused ({error}): gritctl resume -n k8s.io {_pod(one)}"
-        if self._is_ours(directory):
+        if self.settings.holds(directory):
             _remove(directory)
         return f"{told}. There are no files; make another Checkpoint"
 
@@ -473,7 +476,7 @@ class Checkpoints:
         if not (ours or one["spec"].get("volumeClaim")):
             if directory:
                 self.say(f"checkpoint {_name(one)}: {directory} was left on node {node}")
-        elif self._is_ours(directory):
+        elif self.settings.holds(directory):
             try:
                 _remove(directory)
             except CheckpointDirError as error:
@@ -491,14 +494,6 @@ class Checkpoints:
 
     def _lock_of(self, one: Object) -> threading.Lock:
         return self._busy.setdefault(_pod(one), threading.Lock())
-
-    def _is_ours(self, directory: str) -> bool:
-        """Whether a directory named in a status, which others may write, is below a store."""
-        if not directory:
-            return False
-        real = os.path.realpath(directory)
-        places = map(os.path.realpath, [self.settings.root, *self.settings.stores.values()])
-        return any(real.startswith(f"{place.rstrip('/')}/") for place in places)
 
     def _expire(self, one: Object) -> None:
         after = one["spec"].get("ttlSecondsAfterFinished")
@@ -544,32 +539,8 @@ def _remove(directory: str) -> None:
 
 
 def _set(one: Object, phase: str, reason: str, text: str) -> None:
-    """Phase and condition."""
-    status = one.setdefault("status", {})
-    status["phase"] = phase
-    truth = {"Checkpointed": "True", "Failed": "False"}.get(phase, "Unknown")
-    conditions = status.setdefault("conditions", [])
-    before: dict[str, Any] = next((each for each in conditions if each["type"] == CONDITION), {})
-    same = before.get("status") == truth
-    status["conditions"] = [each for each in conditions if each["type"] != CONDITION] + [
-        {
-            "type": CONDITION,
-            "status": truth,
-            "reason": reason,
-            "message": text[:32768],
-            "lastTransitionTime": before["lastTransitionTime"] if same else _now(),
-        }
-    ]
-
-
-def _now(ahead: float = 0) -> str:
-    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ahead)
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+    set_phase(one, phase, CONDITION, reason, text)
 
 
 def _pod(one: Object) -> str:
     return f"{one['metadata']['namespace']}/{one['spec']['podName']}"
-
-
-def _name(one: Object) -> str:
-    return f"{one['metadata']['namespace']}/{one['metadata']['name']}"

@@ -3,16 +3,38 @@ API server's pods."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from shim import bundle, cri
 from shim.gritctl import messages as m
 from shim.gritctl import saving, stored, targets
-from shim.gritctl.containerd import TASKS, Containerd, ContainerdError
+from shim.gritctl.containerd import CONTAINERS, TASKS, Containerd, ContainerdError
 from shim.gritctl.interrupts import Interrupts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from shim.gritctl.progress import Display
 
+_ANSWER_SECONDS = 5.0
 _UID = "io.kubernetes.pod.uid"
+_POD = "io.kubernetes.pod.name"
+_NAMESPACE = "io.kubernetes.pod.namespace"
+
+
+@dataclass(frozen=True)
+class Starting:
+    """A container that is about to be created, as CRI has told containerd of it and its pod."""
+
+    name: str
+    image: str
+    arguments: list[str]
+    pod: str
+    namespace: str
+    uid: str
+    labels: dict[str, str]
+    """The pod's."""
 
 
 class Pods:
@@ -40,6 +62,31 @@ class Pods:
             )
         return uids.pop()
 
+    def uids(self) -> set[str]:
+        """The uids of all pods that containerd knows here, running or not. Raises
+        ContainerdError."""
+        with self._connected(_ANSWER_SECONDS) as connection:
+            return {one.labels[_UID] for one in connection.containers() if _UID in one.labels}
+
+    def starting(self, container: str) -> Starting | None:
+        """None if there is no such container of a pod, any more. Raises ContainerdError."""
+        with self._connected(_ANSWER_SECONDS) as connection:
+            found = _container(connection, container)
+            spec = targets.spec_of(found) if found else {}
+            notes = bundle.annotations_of(spec)
+            sandbox = _container(connection, cri.sandbox_id(notes))
+        if found is None or sandbox is None:
+            return None
+        return Starting(
+            name=cri.container_name(notes) or "",
+            image=cri.image_name(notes),
+            arguments=arguments_of(spec),
+            pod=sandbox.labels.get(_POD, ""),
+            namespace=sandbox.labels.get(_NAMESPACE, ""),
+            uid=sandbox.labels.get(_UID, ""),
+            labels=dict(sandbox.labels),
+        )
+
     def go_on(self, pod: str) -> None:
         """Resumes what an agent that was killed had paused. Raises ContainerdError."""
         with self._connected() as connection:
@@ -62,3 +109,19 @@ class Pods:
 
     def _connected(self, seconds: float | None = None) -> Containerd:
         return Containerd(self._address, self._namespace, seconds)
+
+
+def arguments_of(spec: dict[str, Any]) -> list[str]:
+    """What a container of that specification runs, by its program's name."""
+    process = spec.get("process")
+    found = process.get("args") if isinstance(process, dict) else None
+    return [str(word) for word in found] if isinstance(found, list) else []
+
+
+def _container(connection: Containerd, identity: str) -> m.Container | None:
+    try:
+        return connection.call(CONTAINERS, "Get", m.Id(id=identity), m.OneContainer).container
+    except ContainerdError as error:
+        if error.code in ("NOT_FOUND", "INVALID_ARGUMENT"):
+            return None
+        raise
