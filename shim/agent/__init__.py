@@ -5,9 +5,9 @@ this node.
 
 One runs on each node (a DaemonSet), as root, with containerd's socket, the stores and
 /run/containerd mounted. It needs the extra `agent` (`pip install containerd-shim-grit[agent]`) and
-in the group kaito.sh list, watch, get, update, delete of checkpoints, list and watch of restores,
-update of the status of both; no other right, and no access to pods: those are found in containerd's
-own records.
+in the group kaito.sh list, watch, get, update, delete of checkpoints, list, watch, get, create of
+restores, update of the status of both; and get and delete of pods for migrations and owners. Other
+pods are found in containerd's own records.
 
     --node        what the node is called in status.nodeName; NODE_NAME, else the host name
     --address     containerd's socket; CONTAINERD_ADDRESS
@@ -25,7 +25,9 @@ own records.
 
 A Checkpoint goes Created, Pending (an agent has its pod and holds the claim in status.holder),
 Checkpointing, Checkpointed or Failed; the condition `Checkpointed` says why. The pod is saved whole
-with the code of `gritctl checkpoint`, into `<store>/<namespace>/<name>/`.
+with the code of `gritctl checkpoint`, into `<store>/<namespace>/<name>/`. With `autoMigration` it
+goes on to Submitting and Submitted: a Restore for the controller's next pod is made, this one
+deleted.
 
 An agent that was killed and comes back resumes what it had paused and begins again, three times at
 most; one that does not come back is failed by another when its claim has run out, and undoes it

@@ -12,9 +12,10 @@ import threading
 import click
 
 from shim.agent import settings
-from shim.agent.api import Api, ApiError
+from shim.agent.api import Api, ApiError, PodsApi
 from shim.agent.checkpoints import Checkpoints
 from shim.agent.desk import Desk
+from shim.agent.migration import Migration
 from shim.agent.pods import Pods
 from shim.agent.restores import Restores
 from shim.gritctl.containerd import ADDRESS
@@ -38,6 +39,7 @@ def main(config: str, node: str, address: str, kubeconfig: str | None) -> None:
     try:
         found = settings.load(config, node)
         of_checkpoints, of_restores = Api("checkpoints", kubeconfig), Api("restores", kubeconfig)
+        of_pods = PodsApi(kubeconfig)
     except (settings.SettingsError, ApiError) as error:
         raise click.ClickException(str(error)) from None
     lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -47,8 +49,9 @@ def main(config: str, node: str, address: str, kubeconfig: str | None) -> None:
         _say("another agent runs on this node: waiting for its end")
         fcntl.flock(lock, fcntl.LOCK_EX)
     pods = Pods(address)
-    checkpoints = Checkpoints(of_checkpoints, pods, found, _say)
-    restores = Restores(of_restores, of_checkpoints, pods, Desk(), found, _say)
+    migration = Migration(of_restores, of_pods)
+    checkpoints = Checkpoints(of_checkpoints, pods, migration, found, _say)
+    restores = Restores(of_restores, of_checkpoints, of_pods, pods, Desk(), found, _say)
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())

@@ -4,6 +4,8 @@
     Pending            claimed; nothing was done to the pod yet
     Checkpointing      the pod may be paused, the directory may be there, which then is whole
     Checkpointed       the files are there
+    Submitting         they are, and the pod's successor is to be restored (autoMigration)
+    Submitted          its Restore is made, the pod deleted
     Failed             nothing is there, and the pod runs on or the condition says what does not;
                        failed as NodeLost, its agent finishes or undoes it when it is back
 
@@ -21,6 +23,7 @@ import time
 
 from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict, Unanswered
+from shim.agent.migration import NotMigrated
 from shim.agent.settings import UnknownStore
 from shim.agent.status import name_of as _name
 from shim.agent.status import now as _now
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.agent.api import Api, Object
+    from shim.agent.migration import Migration
     from shim.agent.pods import Pods
     from shim.agent.settings import Settings
     from shim.gritctl.progress import Phase
@@ -47,7 +51,8 @@ TTL = "grit.dev/ttl-seconds-after-finished"
 CONDITION = "Checkpointed"
 LOST = "NodeLost"
 ATTEMPTS = 3
-FINISHED = ("Checkpointed", "Submitting", "Submitted", "Failed")
+_LOOK_SECONDS = 0.2
+FINISHED = ("Checkpointed", "Submitted", "Failed")
 _NO_MATTER = (ContainerdError, CheckpointDirError, SavingError, NotACheckpoint, OSError)
 
 
@@ -86,9 +91,15 @@ class Checkpoints:
     `say` takes lines for the log."""
 
     def __init__(
-        self, api: Api, pods: Pods, settings: Settings, say: Callable[[str], None]
+        self,
+        api: Api,
+        pods: Pods,
+        migration: Migration,
+        settings: Settings,
+        say: Callable[[str], None],
     ) -> None:
-        self.api, self.pods, self.settings, self.say = api, pods, settings, say
+        self.api, self.pods, self.migration = api, pods, migration
+        self.settings, self.say = settings, say
         self.jobs: dict[str, Job] = {}
         self.stopping = threading.Event()
         self._workers = threading.Semaphore(settings.workers)
@@ -156,18 +167,29 @@ class Checkpoints:
             self._begin(one, self._take_on)
         elif holder:
             if self._seen(one, str(holder.get("until")), before) > self.settings.lease_seconds:
-                self._fail(
-                    one,
-                    LOST,
-                    f"the agent on node {holder['name']} has not been heard of since before "
-                    f"{holder.get('until')}, while the Checkpoint was {status.get('phase')}. "
-                    "Whether its pod still runs, and whether there are files, is not known. Look "
-                    "at that node, then make another Checkpoint. If that agent comes back, it "
-                    "finishes or undoes this one",
-                    holder=holder,
-                )
+                self._take_over(one)
         elif not self._silent:
             self._claim(one, before)
+
+    def _take_over(self, one: Object) -> None:
+        """Its agent is taken for dead. By the version looked at."""
+        status = one["status"]
+        holder = status["holder"]
+        if status.get("phase") == "Submitting":  # nothing in that is the node's own
+            status["holder"] = self._holder()
+            taken = self.api.put_status(one)
+            if taken:
+                self._begin(taken, self._take_on)
+            return
+        self._fail(
+            one,
+            LOST,
+            f"the agent on node {holder['name']} has not been heard of since before "
+            f"{holder.get('until')}, while the Checkpoint was {status.get('phase')}. Whether its "
+            "pod still runs, and whether there are files, is not known. Look at that node, then "
+            "make another Checkpoint. If that agent comes back, it finishes or undoes this one",
+            holder=holder,
+        )
 
     def _seen(self, one: Object, what: str, before: dict[tuple[str, str], float]) -> float:
         """For how many seconds `what` has been so."""
@@ -258,6 +280,9 @@ class Checkpoints:
 
     def _checkpoint(self, one: Object, job: Job) -> None:
         status, pod = one["status"], _pod(one)
+        if status["phase"] == "Submitting":
+            self._submit(one)
+            return
         again = status["phase"] == "Checkpointing"
         directory = status.get("dataPath", "") if again else ""
         directory = directory if self.settings.holds(directory) else ""
@@ -287,14 +312,9 @@ class Checkpoints:
                         "its log (kubectl logs --previous). No checkpoint exists; the pod runs on",
                     )
                     return
-            elif one["spec"].get("autoMigration"):
-                self._end(
-                    one,
-                    "Failed",
-                    "NotSupported",
-                    "this agent does not migrate pods: leave autoMigration out, and give the "
-                    "successor the annotation grit.dev/checkpoint. Nothing was done to the pod",
-                )
+            elif one["spec"].get("autoMigration") and (refused := self.migration.refused(one)):
+                text = f"{refused}. Nothing was done to the pod"
+                self._end(one, "Failed", "CannotMigrate", text)
                 return
             elif there:
                 self._end(
@@ -348,9 +368,35 @@ class Checkpoints:
         text = but or f"{size} bytes in {directory}"
         text += _odd_note(one)
         reason = "PodPaused" if but else "Complete"
-        if not self._end(one, "Checkpointed", reason, text, finished) and self._disowned(one):
+        if one["spec"].get("autoMigration"):
+            written = self._end(one, "Submitting", reason, text, finished, last=False)
+        else:
+            written = self._end(one, "Checkpointed", reason, text, finished)
+        if not written and self._disowned(one):
             self.say(f"checkpoint {_name(one)} was taken from us: {directory} is removed")
             checkpoint_dir.remove(directory)
+        elif written and one["spec"].get("autoMigration"):
+            self._submit(one)
+
+    def _submit(self, one: Object) -> None:
+        """The files are whole; what is left is the API server's, and may be begun again."""
+        current = self._still_ours(one)
+        if current is None:
+            return
+        until = time.monotonic() + self.settings.lease_seconds
+
+        def wait() -> bool:
+            return self.stopping.wait(_LOOK_SECONDS) or time.monotonic() > until
+
+        try:
+            text = self.migration.submit(current, wait)
+        except NotMigrated as error:
+            where = current["status"].get("dataPath")
+            text = f"{error}. The checkpoint is whole, in {where}"
+            if not self.stopping.is_set():
+                self._end(one, "Checkpointed", "NotMigrated", text)
+        else:
+            self._end(one, "Submitted", "Migrated", text)
 
     def _disowned(self, one: Object) -> bool:
         """Whether the files are nobody's: an agent that stops leaves them to its successor."""
@@ -367,13 +413,16 @@ class Checkpoints:
         reason: str,
         text: str,
         change: Callable[[dict[str, Any]], None] = lambda status: None,
+        *,
+        last: bool = True,
     ) -> bool:
-        """Writes how it ended, however long the API server takes; False if it is not ours any
-        more, or the agent is to stop."""
+        """Writes how it ended, or all but the `last` step of it, however long the API server takes;
+        False if it is not ours any more, or the agent is to stop."""
 
         def ended(status: dict[str, Any]) -> None:
             change(status)
-            status["finishedAt"] = _now()
+            if last:
+                status["finishedAt"] = _now()
 
         pause = 0.2
         while True:

@@ -11,6 +11,7 @@ from shim.intents import ANSWER, OUTCOME, PENDING, QUESTION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -21,13 +22,26 @@ class Desk:
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
-    def publish(self, wanted: set[tuple[str, str]]) -> None:
-        """Makes what is pending those (namespace, uid), and says that the agent lives."""
+    def publish(self, wanted: set[tuple[str, str]], running: Callable[[], set[str]]) -> None:
+        """Makes what is pending those (namespace, uid), and says that the agent lives. The pods
+        that are `running` when a Restore becomes pending are kept with it."""
         names = {f"{namespace}.{uid}{PENDING}" for namespace, uid in wanted}
-        for name in self._names(PENDING) - names:
+        there = self._names(PENDING)
+        for name in there - names:
             self._remove(name)
-        for name in names:
-            bundle.replace(self._path(name), "", mode=0o600)
+        for name in names & there:
+            os.utime(self._path(name))
+        if names - there:
+            before = json.dumps(sorted(running()))
+            for name in names - there:
+                bundle.replace(self._path(name), before, mode=0o600)
+
+    def ran_before(self, uid: str) -> set[str]:
+        """The pods that ran when that Restore became pending, by their uids."""
+        for name in self._names(f".{uid}{PENDING}"):
+            with open(self._path(name), encoding="utf-8") as file:
+                return set(json.load(file))
+        return set()
 
     def questions(self) -> set[str]:
         """The containers that wait for an answer."""

@@ -8,6 +8,7 @@ from shim.gritctl.stored import text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from shim.agent.api import Object
@@ -15,20 +16,16 @@ if TYPE_CHECKING:
     from shim.gritctl.stored import Stored
 
 USABLE = ("Checkpointed", "Submitting", "Submitted")
-_OWNERS = ("batch.kubernetes.io/controller-uid", "controller-uid")
-"""Labels by which a Job's pods name it."""
 
 
-def means(restore: Object, starting: Starting) -> bool:
+def means(restore: Object, starting: Starting, owners: Callable[[], set[str]]) -> bool:
     """Whether the pod has the labels and the owner that the Restore asks for, both if it names
-    both."""
+    both. `owners` are the uids of the pod's."""
     spec = restore["spec"]
-    if restore["metadata"]["namespace"] != starting.namespace:
-        return False
     owner, selector = (spec.get("ownerRef") or {}).get("uid", ""), spec.get("selector")
-    if owner and owner not in {starting.labels.get(label) for label in _OWNERS}:
+    if selector is not None and not selects(selector, starting.labels):
         return False
-    return bool(owner) if selector is None else selects(selector, starting.labels)
+    return owner in owners() if owner else selector is not None
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:

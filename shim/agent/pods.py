@@ -68,6 +68,18 @@ class Pods:
         with self._connected(_ANSWER_SECONDS) as connection:
             return {one.labels[_UID] for one in connection.containers() if _UID in one.labels}
 
+    def running(self) -> set[str]:
+        """The uids of the pods of which a container runs here. Raises ContainerdError."""
+        with self._connected(_ANSWER_SECONDS) as connection:
+            tasks = connection.call(TASKS, "List", m.Filters(), m.TaskList).tasks
+            every = {one.id: one for one in connection.containers() if _UID in one.labels}
+        begun = [every[task.id] for task in tasks if task.id in every]
+        return {
+            one.labels[_UID]
+            for one in begun
+            if not cri.is_sandbox(bundle.annotations_of(targets.spec_of(one)))
+        }
+
     def starting(self, container: str) -> Starting | None:
         """None if there is no such container of a pod, any more. Raises ContainerdError."""
         with self._connected(_ANSWER_SECONDS) as connection:

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from shim.agent.api import Api, Object
+    from shim.agent.api import Api, Object, PodsApi
     from shim.agent.desk import Desk
     from shim.agent.pods import Pods, Starting
     from shim.agent.settings import Settings
     from shim.gritctl.stored import Stored
 
 CONDITION = "Restored"
+LOST = "NodeLost"
 _AGAIN_SECONDS = 1.0
 _HELD = (
     "The pod does not start as long as this Restore is there: delete it, and the pod starts from "
@@ -52,12 +53,14 @@ class Restores:
         self,
         api: Api,
         checkpoints: Api,
+        api_pods: PodsApi,
         pods: Pods,
         desk: Desk,
         settings: Settings,
         say: Callable[[str], None],
     ) -> None:
-        self.api, self.checkpoints, self.pods, self.desk = api, checkpoints, pods, desk
+        self.api, self.checkpoints, self.api_pods = api, checkpoints, api_pods
+        self.pods, self.desk = pods, desk
         self.settings, self.say = settings, say
         self._since: dict[tuple[str, str], float] = {}
         self._renewed: dict[str, float] = {}
@@ -90,7 +93,7 @@ class Restores:
                     asked_for = False
                 if asked_for:
                     pending.add((meta["namespace"], meta["uid"]))
-            self.desk.publish(pending)
+            self.desk.publish(pending, self.pods.running)
             try:
                 self._conclude(every)
             except Conflict:
@@ -132,7 +135,11 @@ class Restores:
         if "deletionTimestamp" in one["metadata"] or phase == "Restored":
             return False
         if phase == "Failed":
-            return self._ours(one) and status.get("podUID") in here
+            if not self._ours(one) or status.get("podUID") not in here:
+                return False
+            if _reason(one) == LOST:
+                self._go_on(one)
+            return True
         if not phase:
             return self._accept(one)
         if phase == "Created":
@@ -178,6 +185,14 @@ class Restores:
             status["holder"] = self._holder()
             one |= self._put(one) or {}
 
+    def _go_on(self, one: Object) -> None:
+        """Others have taken us for dead, and nobody else knows how the restore ended."""
+        text = f"node {self.settings.node} was taken for lost, and is back"
+        set_phase(one, "Restoring", CONDITION, "Running", text)
+        one["status"].pop("finishedAt", None)
+        one["status"]["holder"] = self._holder()
+        one |= self._put(one) or {}
+
     def _lost(self, one: Object) -> None:
         status = one["status"]
         if status["phase"] == "Pending":
@@ -185,10 +200,10 @@ class Restores:
             return
         self._fail(
             one,
-            "NodeLost",
+            LOST,
             f"the agent on node {status.get('nodeName')} has not been heard of for "
             f"{self.settings.lease_seconds:g} s, while it restored pod {status.get('targetPod')}. "
-            "Whether that runs is not known: look at that node",
+            "Whether that runs is not known: look at that node. If its agent comes back, it tells",
         )
 
     def _release(self, one: Object) -> None:
@@ -210,7 +225,7 @@ class Restores:
 
     def _answer(self, container: str) -> None:
         starting = self.pods.starting(container)
-        if starting is None or not starting.uid:
+        if starting is None:
             self.desk.forget(container)
             return
         every = [
@@ -219,17 +234,32 @@ class Restores:
             if one["metadata"]["namespace"] == starting.namespace
             and "deletionTimestamp" not in one["metadata"]
         ]
+        if not starting.uid:  # no kubelet has made it
+            every = []
         claimed = [one for one in every if one.get("status", {}).get("podUID") == starting.uid]
         if claimed:
             self.desk.answer(container, self._of_claimed(claimed[0], starting))
             return
         for one in sorted(every, key=_age):
-            if one.get("status", {}).get("phase") == "Created" and fitting.means(one, starting):
+            if self._means(one, starting):
                 taken = self._claim(one, starting)
                 if taken:
                     self.desk.answer(container, self._of_claimed(taken, starting))
                     return
         self.desk.answer(container, {})
+
+    def _means(self, one: Object, starting: Starting) -> bool:
+        if one.get("status", {}).get("phase") != "Created":
+            return False
+        if starting.uid in self.desk.ran_before(one["metadata"]["uid"]):
+            return False  # a container that ended is not a pod that starts
+
+        def owners() -> set[str]:
+            pod = self.api_pods.get(starting.namespace, starting.pod) or {"metadata": {}}
+            same = pod["metadata"].get("uid") == starting.uid
+            return {each["uid"] for each in pod["metadata"].get("ownerReferences") or [] if same}
+
+        return fitting.means(one, starting, owners)
 
     def _claim(self, one: Object, starting: Starting) -> Object | None:
         """The Restore, ours for this pod; None if the pod is not one that it can mean."""
@@ -392,6 +422,11 @@ class Restores:
 
     def _holder(self) -> dict[str, Any]:
         return {"name": self.settings.node, "until": now(self.settings.lease_seconds)}
+
+
+def _reason(one: Object) -> str:
+    found = [each for each in one["status"].get("conditions", []) if each["type"] == CONDITION]
+    return str(found[0]["reason"]) if found else ""
 
 
 def _of_name(saved: dict[str, Stored], name: str) -> list[Stored]:

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 
 def set_phase(one: Object, phase: str, condition: str, reason: str, text: str) -> None:
-    """Sets the phase, and the condition of that type: True in the phase of its own name."""
+    """Sets the phase, and the condition of that type: True in the phase of its own name and
+    in those that follow it."""
     status = one.setdefault("status", {})
     status["phase"] = phase
-    truth = {condition: "True", "Failed": "False"}.get(phase, "Unknown")
+    done = (condition, "Submitting", "Submitted")
+    truth = "True" if phase in done else "False" if phase == "Failed" else "Unknown"
     conditions = status.setdefault("conditions", [])
     before: dict[str, Any] = next((each for each in conditions if each["type"] == condition), {})
     same = before.get("status") == truth

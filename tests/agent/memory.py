@@ -68,6 +68,12 @@ class Client:
         self.alive()
         return copy.deepcopy(self.server.kept.get((namespace, name)))
 
+    def create(self, one):
+        meta = one["metadata"]
+        self.alive()
+        if (meta["namespace"], meta["name"]) not in self.server.kept:
+            self.server.create(meta["name"], f"uid-{meta['name']}", **one["spec"])
+
     def put(self, one):
         return self._put(one, status=False)
 

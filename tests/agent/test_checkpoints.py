@@ -65,11 +65,13 @@ class Pods:
 
 
 class Agent(Checkpoints):
-    def __init__(self, server, root, pods, node="n1", dies=None, after=False, **settings):
+    def __init__(
+        self, server, root, pods, node="n1", dies=None, after=False, migration=None, **settings
+    ):
         self.client = pods.client = Client(server, dies, after)
         self.lines = []
         found = Settings(node, root=str(root), **settings)
-        super().__init__(self.client, pods, found, self.lines.append)
+        super().__init__(self.client, pods, migration, found, self.lines.append)
 
     def settle(self, rounds=6):
         for _ in range(rounds):
@@ -402,16 +404,12 @@ def test_pod_that_runs_nowhere(server, tmp_path):
 
 
 def test_refused_with_nothing_done(server, tmp_path):
-    for changes, word in (
-        ({"volumeClaim": {"claimName": "nfs"}}, "nfs is no store"),
-        ({"autoMigration": True}, "does not migrate"),
-    ):
-        server.create(**changes)
-        pods = Pods()
-        Agent(server, tmp_path, pods).settle()
-        assert server.status()["phase"] == "Failed"
-        assert word in server.message()
-        assert pods.saves == 0
+    server.create(volumeClaim={"claimName": "nfs"})
+    pods = Pods()
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "nfs is no store" in server.message()
+    assert pods.saves == 0
 
 
 def test_a_directory_that_is_there_is_not_overwritten(server, tmp_path):

@@ -29,7 +29,7 @@ class Node:
     def __init__(self, root, server, checkpoints, name="n1"):
         self.root, self.name, self.server, self.checkpoints = root, name, server, checkpoints
         self.directory = root / f"{name}-intents"
-        self.pods, self.containers = {}, {}
+        self.pods, self.containers, self.ran = {}, {}, set()
         self.agent = None
         self.start()
 
@@ -39,11 +39,25 @@ class Node:
         client = Client(self.server, dies, after)
         self.lines = []
         self.agent = Restores(
-            client, Client(self.checkpoints), self, Desk(str(self.directory)), found, self._say
+            client,
+            Client(self.checkpoints),
+            self,
+            self,
+            Desk(str(self.directory)),
+            found,
+            self._say,
         )
 
     def _say(self, line):
         self.lines.append(line)
+
+    def get(self, namespace, pod):
+        """As the API server has it."""
+        owner = {"uid": f"owner-of-{pod}"}
+        return {"metadata": {"uid": self.pods[pod], "ownerReferences": [owner]}}
+
+    def running(self):
+        return self.ran
 
     def uids(self):
         return set(self.pods.values())
@@ -344,12 +358,21 @@ def test_containers_that_never_come(node, server):
 def test_a_node_that_is_silent_is_lost(node, server, checkpoints, tmp_path):
     other = Node(tmp_path, server, checkpoints, "n2")
     node.agent.step()
-    assert node.ask(node.container("c1"))
+    main = node.container("c1")
+    assert node.ask(main)
     other.agent.step()
     other.agent._since = {key: since - 1000 for key, since in other.agent._since.items()}
     other.agent.step()
     assert phase(server) == ("Failed", "NodeLost")
     assert "node n1" in server.message()
+    # And is back, with what its shims have told meanwhile.
+    node.start()
+    for container in (main, node.container("c2", name="side")):
+        container.meant = "u1"
+        places.INTENTS = str(node.directory)
+        intents.tell(container, "")
+    node.agent.step()
+    assert phase(server) == ("Restored", "Complete")
 
 
 def test_the_claim_is_renewed(node, server):
@@ -414,13 +437,21 @@ def test_selectors(selector, selected):
     assert fitting.selects(selector, {"app": "train", "tier": "gpu"}) is selected
 
 
-def test_owner():
-    def means(spec):
-        labels = {"app": "train", "batch.kubernetes.io/controller-uid": "j1"}
-        starting = Starting("main", "", [], "p", "default", "u", labels)
-        return fitting.means({"metadata": {"namespace": "default"}, "spec": spec}, starting)
+def test_a_pod_of_the_owner(node, server):
+    server.create(ownerRef={"uid": "owner-of-b"})
+    node.agent.step()
+    assert node.ask(node.container("c1", "a")) == ""
+    assert node.ask(node.container("c2", "b", labels={})) == ""  # both, if both are given
+    server.kept[KEY]["spec"]["selector"] = None
+    assert node.ask(node.container("c3", "b", labels={}))
 
-    assert means({"ownerRef": {"uid": "j1"}})
-    assert not means({"ownerRef": {"uid": "j2"}})
-    assert not means({"ownerRef": {"uid": "j1"}, "selector": {"matchLabels": {"app": "x"}}})
-    assert not means({})
+
+def test_a_pod_that_ran_before_is_not_one_that_starts(node):
+    node.pods["a"] = "uid-a"
+    node.ran = {"uid-a"}
+    node.agent.step()
+    node.ran = {"uid-a", "uid-b"}
+    node.start()
+    node.agent.step()
+    assert node.ask(node.container("c1", "a")) == ""
+    assert node.ask(node.container("c2", "b"))
