@@ -93,7 +93,7 @@ class Restores:
                     asked_for = False
                 if asked_for:
                     pending.add((meta["namespace"], meta["uid"]))
-            self.desk.publish(pending, self.pods.running)
+            self.desk.publish(pending, self._running)
             try:
                 self._conclude(every)
             except Conflict:
@@ -127,6 +127,13 @@ class Restores:
         except ContainerdError as error:
             self.say(f"{error}; looked at again")
             return ours
+
+    def _running(self) -> set[str]:
+        try:
+            return self.pods.running()
+        except ContainerdError as error:
+            self.say(f"which pods run already is not known: {error}")
+            return set()
 
     def _look(self, one: Object, before: dict[tuple[str, str], float], here: set[str]) -> bool:
         """Moves one Restore on; whether containers of its namespace have to ask here."""
@@ -363,6 +370,8 @@ class Restores:
         known = {one["metadata"]["uid"]: one for one in every}
         for uid, outcomes in told.items():
             one = known.get(uid)
+            if one and self._ours(one) and _reason(one) == LOST:
+                continue  # the next look goes on with it
             if (
                 one is None
                 or one.get("status", {}).get("phase") != "Restoring"
@@ -425,7 +434,9 @@ class Restores:
 
 
 def _reason(one: Object) -> str:
-    found = [each for each in one["status"].get("conditions", []) if each["type"] == CONDITION]
+    found = [
+        each for each in one.get("status", {}).get("conditions", []) if each["type"] == CONDITION
+    ]
     return str(found[0]["reason"]) if found else ""
 
 

@@ -371,6 +371,7 @@ def test_a_node_that_is_silent_is_lost(node, server, checkpoints, tmp_path):
         container.meant = "u1"
         places.INTENTS = str(node.directory)
         intents.tell(container, "")
+    node.agent.attend()
     node.agent.step()
     assert phase(server) == ("Restored", "Complete")
 
