@@ -63,11 +63,11 @@ def tell(container: Container, error: str) -> None:
     """How the restore ended, "" for well. The container's fate does not hang on it."""
     import json
 
-    notes = bundle.annotations_of(bundle.read_spec(container.bundle))
-    told = {"restore": container.meant, "name": cri.container_name(notes), "error": error}
     try:
+        notes = bundle.annotations_of(bundle.read_spec(container.bundle))
+        told = {"restore": container.meant, "name": cri.container_name(notes), "error": error}
         bundle.replace(_path(container, OUTCOME), json.dumps(told), mode=0o600)
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         log.warning("the agent was not told of a restore", id=container.id, error=problem)
     container.meant = ""
 

@@ -17,7 +17,7 @@ import threading
 import time
 
 from shim.agent import fitting
-from shim.agent.api import ApiError, Conflict
+from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.status import name_of, now, set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl import stored
@@ -85,6 +85,8 @@ class Restores:
                     asked_for = self._look(one, before, here)
                 except Conflict:
                     asked_for = True  # somebody was faster; it is looked at again
+                except Unanswered:
+                    raise
                 except ApiError as error:
                     self.say(f"restore {name_of(one)}: {error}; looked at again")
                     asked_for = True
@@ -94,10 +96,8 @@ class Restores:
                 if asked_for:
                     pending.add((meta["namespace"], meta["uid"]))
             self.desk.publish(pending, self._running)
-            try:
-                self._conclude(every)
-            except Conflict:
-                pass
+            if self.desk.outcomes():
+                self._try("the end of a restore", self._conclude)
             return version
 
     def attend(self) -> None:
@@ -105,16 +105,20 @@ class Restores:
         if time.monotonic() < self._not_before:
             return
         with self._lock:
-            try:
-                for container in sorted(self.desk.questions()):
-                    self._answer(container)
-                if self.desk.outcomes().keys() - self._heard:
-                    self._conclude(self.api.list()[0])
-            except Conflict:
-                pass  # somebody was faster: the same again
-            except (ApiError, ContainerdError, OSError) as error:
-                self.say(f"a container's question stays open: {error}; looked at again")
-                self._not_before = time.monotonic() + _AGAIN_SECONDS
+            for container in sorted(self.desk.questions()):
+                self._try(f"the question of container {container}", self._answer, container)
+            if self.desk.outcomes().keys() - self._heard:
+                self._try("the end of a restore", self._conclude)
+
+    def _try(self, what: str, act: Callable[..., None], *words: str) -> None:
+        try:
+            act(*words)
+        except Conflict:
+            pass  # somebody was faster: the same again
+        except Exception as error:
+            kind = "" if isinstance(error, ApiError | ContainerdError) else type(error).__name__
+            self.say(f"{what}: {kind} {error}; looked at again")
+            self._not_before = time.monotonic() + _AGAIN_SECONDS
 
     # --- resources ------------------------------------------------------------------------
 
@@ -190,7 +194,7 @@ class Restores:
             )
         elif time.monotonic() - self._renewed.get(meta["uid"], 0) > self.settings.lease_seconds / 3:
             status["holder"] = self._holder()
-            one |= self._put(one) or {}
+            self._put(one)
 
     def _go_on(self, one: Object) -> None:
         """Others have taken us for dead, and nobody else knows how the restore ended."""
@@ -198,7 +202,7 @@ class Restores:
         set_phase(one, "Restoring", CONDITION, "Running", text)
         one["status"].pop("finishedAt", None)
         one["status"]["holder"] = self._holder()
-        one |= self._put(one) or {}
+        self._put(one)
 
     def _lost(self, one: Object) -> None:
         status = one["status"]
@@ -262,9 +266,16 @@ class Restores:
             return False  # a container that ended is not a pod that starts
 
         def owners() -> set[str]:
-            pod = self.api_pods.get(starting.namespace, starting.pod) or {"metadata": {}}
-            same = pod["metadata"].get("uid") == starting.uid
-            return {each["uid"] for each in pod["metadata"].get("ownerReferences") or [] if same}
+            try:
+                pod = self.api_pods.get(starting.namespace, starting.pod)
+            except Unanswered:
+                raise
+            except ApiError as error:  # no right to: that must not hold up the namespace's pods
+                self.say(f"the owner of pod {starting.pod} is not known: {error}")
+                return set()
+            if pod is None or pod["metadata"]["uid"] != starting.uid:
+                return set()
+            return {each["uid"] for each in pod["metadata"].get("ownerReferences") or []}
 
         return fitting.means(one, starting, owners)
 
@@ -288,7 +299,7 @@ class Restores:
             differs = fitting.other_program(_of_name(saved, starting.name)[0], starting)
             if differs:
                 text = f"{differs}: not taken for the one that is meant; waits for another"
-                if all(text != each["message"] for each in one["status"].get("conditions", [])):
+                if _condition(one).get("message") != text:
                     set_phase(one, "Created", CONDITION, "OtherProgram", text)
                     self.api.put_status(one)
                 return None
@@ -312,8 +323,7 @@ class Restores:
                 return {}
             one, status = begun, begun["status"]
         if status["phase"] == "Failed":
-            (why,) = [each["message"] for each in status["conditions"] if each["type"] == CONDITION]
-            return {"refused": f"the Restore {name_of(one)} for this pod has failed: {why}"}
+            return _refused(one)
         if status["phase"] != "Restoring" or not self._ours(one):
             return {}
         checkpoint = self._checkpoint_of(one)
@@ -321,12 +331,14 @@ class Restores:
             directory = checkpoint["status"]["dataPath"] if checkpoint else ""
             mine = _of_name(self._saved(directory), starting.name)
         except (CheckpointDirError, NotACheckpoint) as error:
-            return self._refuse(one, "FilesMissing", f"{error}. {_HELD}")
+            self._fail(one, "FilesMissing", f"{error}. {_HELD}")
+            return _refused(one)
         if not mine:
             return {}
         differs = fitting.other_program(mine[0], starting)
         if differs:
-            return self._refuse(one, "OtherProgram", f"{differs}. {_HELD}")
+            self._fail(one, "OtherProgram", f"{differs}. {_HELD}")
+            return _refused(one)
         return {"directory": directory, "restore": one["metadata"]["uid"]}
 
     def _begin(self, one: Object) -> Object | None:
@@ -355,19 +367,15 @@ class Restores:
         one["status"]["holder"] = self._holder()
         return self._put(one)
 
-    def _refuse(self, one: Object, reason: str, text: str) -> dict[str, Any]:
-        self._fail(one, reason, text)
-        return {"refused": f"the Restore {name_of(one)} for this pod has failed: {text}"}
-
     # --- how it ended ---------------------------------------------------------------------
 
-    def _conclude(self, every: list[Object]) -> None:
+    def _conclude(self) -> None:
         """Writes down what the shims have told, and forgets what nobody waits for."""
         told: dict[str, dict[str, dict[str, Any]]] = {}
         all_told = self.desk.outcomes()
         for container, outcome in all_told.items():
             told.setdefault(str(outcome.get("restore")), {})[container] = outcome
-        known = {one["metadata"]["uid"]: one for one in every}
+        known = {one["metadata"]["uid"]: one for one in self.api.list()[0]}
         for uid, outcomes in told.items():
             one = known.get(uid)
             if one and self._ours(one) and _reason(one) == LOST:
@@ -434,10 +442,17 @@ class Restores:
 
 
 def _reason(one: Object) -> str:
-    found = [
-        each for each in one.get("status", {}).get("conditions", []) if each["type"] == CONDITION
-    ]
-    return str(found[0]["reason"]) if found else ""
+    return str(_condition(one).get("reason", ""))
+
+
+def _refused(one: Object) -> dict[str, Any]:
+    why = _condition(one).get("message")
+    return {"refused": f"the Restore {name_of(one)} for this pod has failed: {why}"}
+
+
+def _condition(one: Object) -> dict[str, Any]:
+    found = one.get("status", {}).get("conditions", [])
+    return next((each for each in found if each["type"] == CONDITION), {})
 
 
 def _of_name(saved: dict[str, Stored], name: str) -> list[Stored]:

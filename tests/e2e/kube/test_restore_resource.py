@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
@@ -212,32 +213,42 @@ def test_the_agent_is_killed_while_it_restores(
     in_phase(plane, "restore", "killed", "Restored", both)
 
 
+def made_on_kernel(directory: Path, release: str) -> None:
+    """Has the checkpoint of the container main be one that was made on such a kernel."""
+    manifest, sums = directory / "main/checkpoint/grit.json", directory / "SHA256SUMS"
+    facts = json.loads(manifest.read_text())
+    for key in ("self_check", "sha256_of_the_above"):
+        facts.pop(key, None)
+    before = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps({**facts, "kernel": release}))
+    after = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    sums.write_text(sums.read_text().replace(before, after))
+
+
 def test_what_cannot_be_restored_says_why(clean: ControlPlane, both: tuple[Worker, Worker]) -> None:
     plane, b = clean, both[1]
     restore(plane, "missing", TRAIN, "none")
     one = in_phase(plane, "restore", "missing", "Failed", both)
     assert why(one).startswith("False CheckpointNotFound: there is no Checkpoint none.")
 
-    # A checkpoint that was damaged: refused with the shim's words, and the pod does not start
-    # before somebody has looked at it.
-    before = saved(plane, both, "damaged", "main")
-    images = b.node.path(f"{STORE}/default/damaged/main/checkpoint")
-    with open(next(images.glob("pages-*.img")), "r+b") as file:
-        file.write(b"x" * 16)
-    restore(plane, "damaged", TRAIN, "damaged")
+    # A checkpoint that does not fit the node: refused with the shim's words, and the pod does not
+    # start before somebody has looked at it.
+    before = saved(plane, both, "newer", "main")
+    made_on_kernel(b.node.path(f"{STORE}/default/newer"), "99.1.0")
+    restore(plane, "newer", TRAIN, "newer")
     pending_on(b)
     # Another program of the same labels is not what was saved.
     other = b.kubelet.pod("train-0", {"main": ["sleep", "1000"]}, labels=TRAIN).run()
-    assert "runs ['sleep', '1000']" in why(plane.get("restore", "damaged"))
+    assert "runs ['sleep', '1000']" in why(plane.get("restore", "newer"))
     other.remove()
     successor = b.kubelet.gpu_pod("train-2", "main", labels=TRAIN).run_sandbox()
-    for told in ("is damaged and was not restored", "the Restore default/damaged for this pod has"):
+    for told in ("older than theirs", "the Restore default/newer for this pod has"):
         successor.create("main")
         with pytest.raises(ServiceError, match=told):
             successor.start("main")
-        one = in_phase(plane, "restore", "damaged", "Failed", both)
-    assert "is damaged and was not restored" in why(one)
-    plane.kubectl("delete", "restore", "damaged")
+        one = in_phase(plane, "restore", "newer", "Failed", both)
+    assert "older than theirs" in why(one)
+    plane.kubectl("delete", "restore", "newer")
     gpu.until(
         "nothing pending",
         lambda: not list(b.node.path("/run/containerd/grit-intents").glob("*.pending")),
