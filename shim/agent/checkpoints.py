@@ -521,6 +521,12 @@ class Checkpoints:
             with self._lock_of(one):
                 if self._uid(one) == status.get("podUID"):
                     self.pods.go_on(_pod(one))
+        reader = self.migration.reader_of(one)
+        if reader:
+            self._say_why_not(
+                one, f"the Restore {reader} reads the files; they go when it has ended"
+            )
+            return
         directory = status.get("dataPath", "")
         if not (ours or one["spec"].get("volumeClaim")):
             if directory:
@@ -536,7 +542,7 @@ class Checkpoints:
         self.api.put(one)
 
     def _say_why_not(self, one: Object, text: str) -> None:
-        conditions = one["status"].get("conditions", [])
+        conditions = one.get("status", {}).get("conditions", [])
         if all(each["message"] != text for each in conditions):
             _set(one, one["status"]["phase"], "NotRemoved", text)
             self.api.put_status(one)

@@ -73,6 +73,7 @@ class Client:
         self.alive()
         if (meta["namespace"], meta["name"]) not in self.server.kept:
             self.server.create(meta["name"], f"uid-{meta['name']}", **one["spec"])
+            self.server.kept[meta["namespace"], meta["name"]]["metadata"] |= meta
 
     def put(self, one):
         return self._put(one, status=False)

@@ -11,6 +11,7 @@ import pytest
 from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict
 from shim.agent.checkpoints import ATTEMPTS, FINALIZER, Checkpoints
+from shim.agent.migration import Migration
 from shim.agent.settings import Settings
 from shim.gritctl.containerd import ContainerdError
 from shim.gritctl.interrupts import Interrupted
@@ -68,6 +69,7 @@ class Agent(Checkpoints):
     def __init__(
         self, server, root, pods, node="n1", dies=None, after=False, migration=None, **settings
     ):
+        migration = migration or Migration(Client(Server()), None)
         self.client = pods.client = Client(server, dies, after)
         self.lines = []
         found = Settings(node, root=str(root), **settings)

@@ -133,11 +133,27 @@ def test_a_pod_that_went_meanwhile(server, cluster, tmp_path):
 
 @pytest.mark.parametrize("how", ["another's", "failed", "untaken"])
 def test_the_pod_stays_if_its_restore_would_not_come(server, cluster, tmp_path, how):
-    if how == "another's":
-        cluster.restores.create(checkpointName="two")
+    if how == "another's":  # of an earlier Checkpoint of that name
+        cluster.restores.create(checkpointName="one")
+        cluster.restores.kept[KEY]["status"] = {"phase": "Restored"}
     cluster.takes_up = {"another's": "Created", "failed": "Failed", "untaken": ""}[how]
     cluster.agent(server, tmp_path, Pods(), lease_seconds=0.5).settle()
     assert server.status()["phase"] == "Checkpointed"
     assert server.status()["conditions"][0]["reason"] == "NotMigrated"
     assert "The checkpoint is whole" in server.message()
     assert cluster.deleted == []
+
+
+def test_files_that_are_read_stay(server, cluster, tmp_path):
+    agent = cluster.agent(server, tmp_path, Pods())
+    agent.settle()
+    status = cluster.restores.kept[KEY]["status"]
+    status["phase"] = "Restoring"
+    server.mark_deleted()
+    agent.settle()
+    assert holds_checkpoint(tmp_path)
+    assert "the Restore default/one reads the files" in server.message()
+    status["phase"] = "Restored"
+    agent.settle()
+    assert not server.kept
+    assert not holds_checkpoint(tmp_path)
