@@ -5,10 +5,8 @@ Real containerd 1.7 and 2.1, real agents, one store between them; the GPU is sim
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from tests.e2e.kube.control_plane import ControlPlane
     from tests.e2e.kube.workers import Worker
     from tests.e2e.pods.kubelet import Pod
+    from tests.nodes.node import Process
     from tests.simgpu.simgpu import Report
 
 EXAMPLES = REPOSITORY / "packaging/kubernetes/examples"
@@ -258,46 +257,39 @@ def test_what_cannot_be_restored_says_why(clean: ControlPlane, both: tuple[Worke
     assert fresh(successor, before)
 
 
-@contextlib.contextmanager
-def with_pods(both: tuple[Worker, Worker]) -> Iterator[Path]:
-    """Has the agents ask an API server that knows pods; the directory that holds them."""
+@pytest.fixture(scope="module")
+def pods(both: tuple[Worker, Worker]) -> Iterator[Path]:
+    """From here on the agents ask an API server that knows pods: the directory that holds them."""
     place = f"{STORE}/core"
     both[0].node.path(place).mkdir()
-    with contextlib.ExitStack() as stack:
-        for worker in both:
-            stack.enter_context(_core_api(worker, place))
-        yield both[0].node.path(place)
+    apis = [_core_api(worker, place) for worker in both]
+    yield both[0].node.path(place)
+    for api in apis:
+        api.kill()
+        api.wait(30)
 
 
-@contextlib.contextmanager
-def _core_api(worker: Worker, place: str) -> Iterator[None]:
+def _core_api(worker: Worker, place: str) -> Process:
     node, path = worker.node, worker.node.path(KUBECONFIG)
-    direct = path.read_text()
-    config = yaml.safe_load(direct)
+    config = yaml.safe_load(path.read_text())
     (cluster,), (user,) = config["clusters"], config["users"]
-    credentials = node.path("/etc/kubernetes/core")
-    credentials.mkdir()
+    home = node.path("/etc/kubernetes/core")
+    home.mkdir()
     for name, encoded in (
         ("ca.crt", cluster["cluster"]["certificate-authority-data"]),
         ("client.crt", user["user"]["client-certificate-data"]),
         ("client.key", user["user"]["client-key-data"]),
     ):
-        (credentials / name).write_bytes(base64.b64decode(encoded))
-    (credentials / "core_api.py").write_text(Path(__file__).with_name("core_api.py").read_text())
+        (home / name).write_bytes(base64.b64decode(encoded))
+    (home / "core_api.py").write_text(Path(__file__).with_name("core_api.py").read_text())
     words = [f"{ENVIRONMENT}/bin/python", "/etc/kubernetes/core/core_api.py", "8001"]
     words += [f"{control_plane.ADDRESS}:{control_plane.PORT}", "/etc/kubernetes/core", place]
-    worker.kill_agent()
-    core = node.popen(words)
+    api = node.popen(words)
     cluster["cluster"] = {"server": "http://127.0.0.1:8001"}
     path.write_text(yaml.safe_dump(config))
-    worker.start_agent()
-    yield
     worker.kill_agent()
-    core.kill()
-    core.wait(30)
-    shutil.rmtree(credentials)
-    path.write_text(direct)
     worker.start_agent()
+    return api
 
 
 def make_known(pods: Path, pod: Pod, owner: str) -> None:
@@ -312,28 +304,27 @@ def make_known(pods: Path, pod: Pod, owner: str) -> None:
     (pods / f"default.{pod.name}.json").write_text(json.dumps({"metadata": meta}))
 
 
-def test_auto_migration(clean: ControlPlane, both: tuple[Worker, Worker]) -> None:
+def test_auto_migration(both: tuple[Worker, Worker], pods: Path, clean: ControlPlane) -> None:
     plane, (a, b) = clean, both
-    with with_pods(both) as pods:
-        pod = a.kubelet.gpu_pod("train-x7k2p", "main").run()
-        make_known(pods, pod, "rs-train")
-        before = {"main": pod.next_report("main")}
-        checkpoint(plane, "move", pod.name, autoMigration=True)
-        one = in_phase(plane, "checkpoint", "move", "Submitted", both)
-        assert "train-x7k2p is deleted; the Restore default/move waits" in str(one["status"])
-        assert not (pods / "default.train-x7k2p.json").exists()
-        pod.remove()
+    pod = a.kubelet.gpu_pod("train-x7k2p", "main").run()
+    make_known(pods, pod, "rs-train")
+    before = {"main": pod.next_report("main")}
+    checkpoint(plane, "move", pod.name, autoMigration=True)
+    one = in_phase(plane, "checkpoint", "move", "Submitted", both)
+    assert "train-x7k2p is deleted; the Restore default/move waits" in str(one["status"])
+    assert not (pods / "default.train-x7k2p.json").exists()
+    pod.remove()
 
-        other = b.kubelet.gpu_pod("serve-9q1zz", "main")
-        successor = b.kubelet.gpu_pod("train-c4m8d", "main")
-        make_known(pods, other, "rs-serve")
-        make_known(pods, successor, "rs-train")
-        assert fresh(other.run(), before)
-        other.remove()
-        assert going_on(successor.run(), before)
-        done = in_phase(plane, "restore", "move", "Restored", both)
-        assert done["status"]["targetPod"] == successor.name
-        verbs = {(verb, "pods") for verb in (pods / "asked").read_text().split()}
-        assert asked(plane) | verbs == allowed() - {
-            ("delete", "checkpoints")
-        }  # when their time is over
+    other = b.kubelet.gpu_pod("serve-9q1zz", "main")
+    successor = b.kubelet.gpu_pod("train-c4m8d", "main")
+    make_known(pods, other, "rs-serve")
+    make_known(pods, successor, "rs-train")
+    assert fresh(other.run(), before)
+    other.remove()
+    assert going_on(successor.run(), before)
+    done = in_phase(plane, "restore", "move", "Restored", both)
+    assert done["status"]["targetPod"] == successor.name
+    verbs = {(verb, "pods") for verb in (pods / "asked").read_text().split()}
+    assert asked(plane) | verbs == allowed() - {
+        ("delete", "checkpoints")
+    }  # when their time is over
