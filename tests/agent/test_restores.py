@@ -13,7 +13,7 @@ import pytest
 
 from shim import bundle, intents, places
 from shim.agent import fitting
-from shim.agent.api import Conflict
+from shim.agent.api import ApiError, Conflict
 from shim.agent.desk import Desk
 from shim.agent.pods import Starting
 from shim.agent.restores import Restores
@@ -455,4 +455,25 @@ def test_a_pod_that_ran_before_is_not_one_that_starts(node):
     node.start()
     node.agent.step()
     assert node.ask(node.container("c1", "a")) == ""
+    assert node.ask(node.container("c2", "b"))
+
+
+def test_a_question_that_cannot_be_answered_holds_up_no_other(node, server):
+    server.kept[KEY]["spec"] |= {"selector": None, "ownerRef": {"uid": "owner-of-b"}}
+    server.create("two", "u2")
+    node.agent.step()
+    (node.directory / "c0.question").write_text("")
+    node.containers["c0"] = SimpleNamespace(namespace="default")  # makes a mistake of any kind
+    get = node.get
+
+    def refused(namespace, pod):
+        raise ApiError("403 Forbidden")
+
+    node.get = refused
+    one = node.container("c1", "a")
+    assert node.ask(one)
+    assert one.meant == "u2"
+    assert any("c0: AttributeError" in line for line in node.lines)
+    assert any("owner of pod a is not known: 403" in line for line in node.lines)
+    node.get = get
     assert node.ask(node.container("c2", "b"))
