@@ -97,6 +97,7 @@ class GritOptions(_Settings):
     on_missing_checkpoint: Literal["start", "fail"] = "start"
     on_mismatch: Literal["refuse", "warn"] = "refuse"
     download_timeout: float = 60.0  # seconds
+    agent_timeout: float = 10.0  # seconds
     together_timeout: float = 60.0  # seconds
     pause_timeout: float = 0.0  # seconds; 0: never
     lane: Literal["auto", "off"] = "auto"
@@ -242,6 +243,7 @@ _GRIT: dict[str, Check] = {
     "on_missing_checkpoint": _one_of("start", "fail"),
     "on_mismatch": _one_of("refuse", "warn"),
     "download_timeout": _seconds(24 * 3600),
+    "agent_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
     "pause_timeout": _seconds_or_never(7 * 24 * 3600),
     "lane": _one_of("auto", "off"),

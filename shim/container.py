@@ -102,6 +102,7 @@ class Container:
         "journal",
         "kept",
         "lock",
+        "meant",
         "meet",
         "namespace",
         "orphanable",
@@ -165,6 +166,8 @@ class Container:
         """What is noted of the operation under way: shim/journal.py."""
         self.watch: threading.Timer | None = None
         """Runs while it is paused and its client silent: shim/watchdog.py."""
+        self.meant = ""
+        """The Restore that the node's agent means for it, by uid: it is told how that ends."""
         self.trace: dict[str, str] = {}
         """The trace that the operation under way belongs to, as its caller told it."""
         self.phases: dict[str, float] = {}

@@ -12,6 +12,7 @@ _TYPE = "io.kubernetes.cri.container-type"
 _NAME = "io.kubernetes.cri.container-name"
 _IMAGE = "io.kubernetes.cri.image-name"
 _SANDBOX = "io.kubernetes.cri.sandbox-id"
+_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
 _LOG_DIRECTORY = "io.kubernetes.cri.sandbox-log-directory"
 
 
@@ -29,6 +30,11 @@ def container_name(notes: dict[str, str]) -> str | None:
 def sandbox_id(notes: dict[str, str]) -> str:
     """The id of the pod's sandbox, "" outside of CRI."""
     return notes.get(_SANDBOX, "")
+
+
+def pod_namespace(notes: dict[str, str]) -> str:
+    """The pod's namespace in Kubernetes, "" outside of CRI."""
+    return notes.get(_NAMESPACE, "")
 
 
 def image_name(notes: dict[str, str]) -> str:

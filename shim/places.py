@@ -18,6 +18,10 @@ RUN = "/run/containerd/grit"
 SOCKETS = "/run/containerd/s"
 """Where every shim's socket lies; compiled into containerd (2.1 pkg/shim/util_unix.go)."""
 
+INTENTS = "/run/containerd/grit-intents"
+"""What the node's agent and the shims tell each other of Restores (shim/intents.py). The agent
+makes it, root's alone; without an agent it is not there."""
+
 FAILURES = "/var/log/containerd-shim-grit"
 """CRIU's logs of failed restores: the bundle that held them goes with the task."""
 

@@ -7,6 +7,8 @@ it takes; State, Pids, Kill, Connect and the rest never come here.
 
 from __future__ import annotations
 
+import os
+
 from shim import (
     bundle,
     config,
@@ -17,6 +19,7 @@ from shim import (
     messages,
     operation,
     options,
+    places,
     pod,
     watchdog,
 )
@@ -24,6 +27,8 @@ from shim.ttrpc import FORWARD, INVALID_ARGUMENT, UNKNOWN, StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shim.ttrpc import Call, Client, Forward
     from shim.ttrpc.handlers import Handler
 
@@ -88,7 +93,21 @@ class Tasks:
             raise StatusError(INVALID_ARGUMENT, f"container {request.id}: {error}") from error
         one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
         one.together, one.home = together, self._home
-        if request.checkpoint or bundle.annotations_of(spec).get(bundle.RESTORE_ANNOTATION):
+        restored = request.checkpoint or bundle.annotations_of(spec).get(bundle.RESTORE_ANNOTATION)
+        if not restored and os.path.isdir(places.INTENTS):
+            from shim import intents
+
+            restored = one.meant = intents.ask(one, spec)
+        return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
+
+    def _create_one(
+        self,
+        one: container.Container,
+        call: Call,
+        request: messages.CreateTaskRequest,
+        restored: bool,
+    ) -> bytes:
+        if restored:
             from shim import restore
 
             one.restore = restore.prepare(one, request)
@@ -110,13 +129,21 @@ class Tasks:
             return FORWARD
         from shim import restore
 
+        def start() -> bytes:
+            return operation.run(
+                one, "restore", call.metadata, lambda: restore.start(one, self._pod)
+            )
+
         with one.lock:
             try:
-                return operation.run(
-                    one, "restore", call.metadata, lambda: restore.start(one, self._pod)
-                )
+                reply = _for_agent(one, start)
             finally:
                 journal.close(one)
+        if one.meant:
+            from shim import intents
+
+            intents.tell(one, "")
+        return reply
 
     def _pause(self, call: Call) -> bytes | Forward:
         one = self._containers.get(messages.TaskRequest.decode(call.payload).id)
@@ -186,6 +213,18 @@ class Tasks:
         return self._inner.call(
             call.service, call.method, payload, timeout=call.timeout, metadata=call.metadata
         )
+
+
+def _for_agent(one: container.Container, work: Callable[[], bytes]) -> bytes:
+    """Does the work; if that fails, the node's agent hears it too, where it means a Restore."""
+    try:
+        return work()
+    except Exception as error:
+        if one.meant:
+            from shim import intents
+
+            intents.tell(one, error.message if isinstance(error, StatusError) else str(error))
+        raise
 
 
 def _told(call: Call, handler: Handler) -> bytes | Forward:

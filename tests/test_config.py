@@ -45,6 +45,7 @@ memory = "raise"
 on_missing_checkpoint = "fail"
 on_mismatch = "warn"
 download_timeout = 300
+agent_timeout = 3
 together_timeout = 120
 pause_timeout = 900
 checksum = "sha256"
@@ -101,6 +102,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         on_missing_checkpoint="fail",
         on_mismatch="warn",
         download_timeout=300.0,
+        agent_timeout=3.0,
         together_timeout=120.0,
         pause_timeout=900.0,
         checksum="sha256",

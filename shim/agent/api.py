@@ -1,10 +1,12 @@
-"""The API server as the agent sees it: Checkpoint resources, each a dict as it is on the wire.
+"""The API server as the agent sees it: each resource a dict as it is on the wire.
 
 By the official client library, which knows service accounts, kubeconfigs and token renewal. Only
-its calls for custom resources are used, so a server that has nothing else will do.
+a migration, and a Restore by owner, need more of it than custom resources.
 """
 
 from __future__ import annotations
+
+import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,18 +35,9 @@ class Api:
     """The resources of one kind, by its `plural`, in all namespaces. All raise ApiError."""
 
     def __init__(self, plural: str, kubeconfig: str | None) -> None:
-        from kubernetes import client, config
+        from kubernetes import client
 
-        try:
-            if kubeconfig:
-                config.load_kube_config(kubeconfig)
-            else:
-                config.load_incluster_config()
-        except config.ConfigException as error:
-            raise ApiError(
-                f"no way to the API server: {error}. In a pod a service account is needed, "
-                "elsewhere --kubeconfig"
-            ) from error
+        _configure(kubeconfig)
         self._calls = client.CustomObjectsApi()
         self._plural = plural
 
@@ -83,6 +76,22 @@ class Api:
                 GROUP, VERSION, namespace, self._plural, name, _request_timeout=_CALL_SECONDS
             )
         )
+
+    def create(self, one: Object) -> None:
+        """Does nothing if there is one of that name already."""
+        try:
+            _asked(
+                lambda: self._calls.create_namespaced_custom_object(
+                    GROUP,
+                    VERSION,
+                    one["metadata"]["namespace"],
+                    self._plural,
+                    one,
+                    _request_timeout=_CALL_SECONDS,
+                )
+            )
+        except Conflict:
+            pass
 
     def put(self, one: Object) -> Object | None:
         """Writes everything but the status, unless somebody was faster (Conflict); None if the
@@ -124,6 +133,62 @@ class Api:
                 _request_timeout=_CALL_SECONDS,
             )
         )
+
+
+class PodsApi:
+    """Pods, as far as a migration and the owner of a restored pod need them. All raise ApiError."""
+
+    def __init__(self, kubeconfig: str | None) -> None:
+        from kubernetes import client
+
+        _configure(kubeconfig)
+        self._calls = client.CoreV1Api()
+
+    def get(self, namespace: str, name: str) -> Object | None:
+        def ask() -> Any:
+            # Without the client's model of a pod, which knows the fields of its own version only.
+            answer = self._calls.read_namespaced_pod(
+                name, namespace, _preload_content=False, _request_timeout=_CALL_SECONDS
+            )
+            return json.loads(answer.data)
+
+        return _or_gone(ask)
+
+    def delete(self, pod: Object) -> None:
+        """Has this very pod end as by `kubectl delete`; one that has gone already is no error."""
+        from kubernetes import client
+
+        meta = pod["metadata"]
+        only = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=meta["uid"]))
+
+        def ask() -> Any:
+            return self._calls.delete_namespaced_pod(
+                meta["name"],
+                meta["namespace"],
+                body=only,
+                _preload_content=False,
+                _request_timeout=_CALL_SECONDS,
+            )
+
+        try:
+            _or_gone(ask)
+        except Conflict:
+            pass  # its successor has that name
+
+
+def _configure(kubeconfig: str | None) -> None:
+    from kubernetes import config
+
+    try:
+        if kubeconfig:
+            config.load_kube_config(kubeconfig)
+        else:
+            config.load_incluster_config()
+    except config.ConfigException as error:
+        raise ApiError(
+            f"no way to the API server: {error}. In a pod a service account is needed, "
+            "elsewhere --kubeconfig"
+        ) from error
 
 
 class _Gone(ApiError):

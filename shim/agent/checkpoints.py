@@ -4,7 +4,10 @@
     Pending            claimed; nothing was done to the pod yet
     Checkpointing      the pod may be paused, the directory may be there, which then is whole
     Checkpointed       the files are there
-    Failed             nothing is there, and the pod runs on or the condition says what does not
+    Submitting         they are, and the pod's successor is to be restored (autoMigration)
+    Submitted          its Restore is made, the pod deleted
+    Failed             nothing is there, and the pod runs on or the condition says what does not;
+                       failed as NodeLost, its agent finishes or undoes it when it is back
 
 Every write names the version that it changes: of two agents that want the same, one is told that it
 came too late. A claim is renewed by writing; others take its holder for dead once they have seen
@@ -20,7 +23,11 @@ import time
 
 from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict, Unanswered
+from shim.agent.migration import NotMigrated
 from shim.agent.settings import UnknownStore
+from shim.agent.status import name_of as _name
+from shim.agent.status import now as _now
+from shim.agent.status import set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.containerd import ContainerdError
 from shim.gritctl.interrupts import Interrupted, Interrupts
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shim.agent.api import Api, Object
+    from shim.agent.migration import Migration
     from shim.agent.pods import Pods
     from shim.agent.settings import Settings
     from shim.gritctl.progress import Phase
@@ -41,8 +49,10 @@ if TYPE_CHECKING:
 FINALIZER = "grit.dev/checkpoint-files"
 TTL = "grit.dev/ttl-seconds-after-finished"
 CONDITION = "Checkpointed"
+LOST = "NodeLost"
 ATTEMPTS = 3
-FINISHED = ("Checkpointed", "Submitting", "Submitted", "Failed")
+_LOOK_SECONDS = 0.2
+FINISHED = ("Checkpointed", "Submitted", "Failed")
 _NO_MATTER = (ContainerdError, CheckpointDirError, SavingError, NotACheckpoint, OSError)
 
 
@@ -77,17 +87,25 @@ class Job(Display):
 
 class Checkpoints:
     """`step` looks at all Checkpoints once, begins what is to be begun and renews the claims; it
-    never waits for a checkpoint. Each of these has a thread; `say` takes lines for the log."""
+    never waits for a checkpoint, a store or a containerd that hangs. What takes time has a thread;
+    `say` takes lines for the log."""
 
     def __init__(
-        self, api: Api, pods: Pods, settings: Settings, say: Callable[[str], None]
+        self,
+        api: Api,
+        pods: Pods,
+        migration: Migration,
+        settings: Settings,
+        say: Callable[[str], None],
     ) -> None:
-        self.api, self.pods, self.settings, self.say = api, pods, settings, say
+        self.api, self.pods, self.migration = api, pods, migration
+        self.settings, self.say = settings, say
         self.jobs: dict[str, Job] = {}
         self.stopping = threading.Event()
         self._workers = threading.Semaphore(settings.workers)
         self._busy: dict[str, threading.Lock] = {}
         self._since: dict[tuple[str, str], float] = {}
+        self._silent = False  # containerd: it is not asked for every Checkpoint in vain
 
     def step(self) -> str:
         """Returns the version to wait from. Raises ApiError."""
@@ -97,7 +115,8 @@ class Checkpoints:
             self._since.clear()  # silence while nobody could write is no sign of death
             raise
         before, self._since = self._since, {}
-        for one in every:
+        self._silent = False
+        for one in sorted(every, key=lambda one: one["metadata"]["uid"] not in self.jobs):
             try:
                 self._look(one, before)
             except Conflict:
@@ -105,6 +124,7 @@ class Checkpoints:
             except Unanswered:
                 raise
             except (ApiError, *_NO_MATTER) as error:
+                self._silent |= getattr(error, "code", "") == "DEADLINE_EXCEEDED"
                 self.say(f"checkpoint {_name(one)}: {error}; looked at again")
             except Exception as error:  # a status that others have filled; the rest must go on
                 self.say(f"checkpoint {_name(one)}: {type(error).__name__}: {error}")
@@ -132,25 +152,44 @@ class Checkpoints:
                 self._renew(one, job)
             return
         holder = status.get("holder", {})
+        mine = holder.get("name") == self.settings.node
         if deleted:
-            self._clear(one, self._seen(one, "deleted", before) > self.settings.orphan_seconds)
+            orphan = self._seen(one, "deleted", before) > self.settings.orphan_seconds
+            node = status.get("nodeName") or self.settings.node
+            if FINALIZER in meta.get("finalizers", []) and (orphan or node == self.settings.node):
+                self._begin(one, self._clear)
         elif status.get("phase") in FINISHED:
-            self._expire(one)
-        elif holder.get("name") == self.settings.node:
-            self._begin(one)
+            if mine and _is_lost(one):
+                self._begin(one, self._come_back)
+            else:
+                self._expire(one)
+        elif mine:
+            self._begin(one, self._take_on)
         elif holder:
             if self._seen(one, str(holder.get("until")), before) > self.settings.lease_seconds:
-                self._fail(
-                    one,
-                    "NodeLost",
-                    f"the agent on node {holder['name']} has not been heard of since before "
-                    f"{holder.get('until')}, while the Checkpoint was {status.get('phase')}. "
-                    "Whether its pod still runs, and whether there are files, is not known. Look "
-                    "at that node, then make another Checkpoint",
-                    holder=holder,
-                )
-        else:
+                self._take_over(one)
+        elif not self._silent:
             self._claim(one, before)
+
+    def _take_over(self, one: Object) -> None:
+        """Its agent is taken for dead. By the version looked at."""
+        status = one["status"]
+        holder = status["holder"]
+        if status.get("phase") == "Submitting":  # nothing in that is the node's own
+            status["holder"] = self._holder()
+            taken = self.api.put_status(one)
+            if taken:
+                self._begin(taken, self._take_on)
+            return
+        self._fail(
+            one,
+            LOST,
+            f"the agent on node {holder['name']} has not been heard of since before "
+            f"{holder.get('until')}, while the Checkpoint was {status.get('phase')}. Whether its "
+            "pod still runs, and whether there are files, is not known. Look at that node, then "
+            "make another Checkpoint. If that agent comes back, it finishes or undoes this one",
+            holder=holder,
+        )
 
     def _seen(self, one: Object, what: str, before: dict[tuple[str, str], float]) -> float:
         """For how many seconds `what` has been so."""
@@ -160,7 +199,8 @@ class Checkpoints:
 
     def _claim(self, one: Object, before: dict[tuple[str, str], float]) -> None:
         meta = one["metadata"]
-        uid = self.pods.uid(_pod(one))
+        # Meanwhile nobody renews: well within a lease.
+        uid = self.pods.uid(_pod(one), self.settings.lease_seconds / 6)
         if uid is None:
             waited = self._seen(one, "no pod", before)
             if not (one.get("status") or {}).get("phase"):
@@ -191,33 +231,61 @@ class Checkpoints:
         }
         claimed = self.api.put_status(one)
         if claimed:
-            self._begin(claimed)
+            self._begin(claimed, self._take_on)
 
-    def _begin(self, one: Object) -> None:
+    def _begin(self, one: Object, act: Callable[[Object, Job], None]) -> None:
         job = Job()
         self.jobs[one["metadata"]["uid"]] = job
-        job.thread = threading.Thread(target=self._run, args=(one, job), daemon=True)
+        job.thread = threading.Thread(target=self._run, args=(one, job, act), daemon=True)
         job.thread.start()
 
-    def _run(self, one: Object, job: Job) -> None:
+    def _run(self, one: Object, job: Job, act: Callable[[Object, Job], None]) -> None:
+        try:
+            act(one, job)
+        except Conflict:
+            pass  # somebody was faster; it is looked at again
+        except (ApiError, Interrupted, *_NO_MATTER) as error:
+            self.say(f"checkpoint {_name(one)}: {error}; looked at again")
+        except Exception as error:
+            self.say(f"checkpoint {_name(one)}: {type(error).__name__}: {error}")
+        finally:
+            del self.jobs[one["metadata"]["uid"]]
+
+    def _take_on(self, one: Object, job: Job) -> None:
         try:
             with self._lock_of(one), self._workers:
                 current = self._still_ours(one)
                 if current and not job.interrupts.came:
                     self._checkpoint(current, job)
-        except ApiError as error:
-            self.say(f"checkpoint {_name(one)}: {error}; looked at again")
+        except (ApiError, Interrupted):
+            raise
         except Exception as error:
-            self.say(f"checkpoint {_name(one)}: {type(error).__name__}: {error}")
             text = f"a mistake in the agent: {type(error).__name__}: {error}"
             self._end(one, "Failed", "Internal", text)
-        finally:
-            del self.jobs[one["metadata"]["uid"]]
+            raise
+
+    def _uid(self, one: Object) -> str | None:
+        """The pod's, however long containerd is away: the claim is renewed meanwhile, and a pod
+        that may be paused is not given up for a containerd that is only started anew. Raises
+        ContainerdError for another reason, Interrupted."""
+        while True:
+            try:
+                return self.pods.uid(_pod(one))
+            except ContainerdError as error:
+                if error.code != "UNAVAILABLE":
+                    raise
+                self.say(f"checkpoint {_name(one)}: {error}; asked again")
+                if self.stopping.wait(min(1, self.settings.lease_seconds / 6)):
+                    raise Interrupted("the agent ends; the next one looks at it again") from None
 
     def _checkpoint(self, one: Object, job: Job) -> None:
         status, pod = one["status"], _pod(one)
+        if status["phase"] == "Submitting":
+            self._submit(one)
+            return
         again = status["phase"] == "Checkpointing"
         directory = status.get("dataPath", "") if again else ""
+        directory = directory if self.settings.holds(directory) else ""
         try:
             directory = directory or self.settings.directory(one)
             there = os.path.isdir(directory) and bool(os.listdir(directory))
@@ -225,7 +293,7 @@ class Checkpoints:
                 if there:  # a draft is renamed when it is whole: the word was lost, not the files
                     self._done(one, directory)
                     return
-                if self.pods.uid(pod) != status.get("podUID"):
+                if self._uid(one) != status.get("podUID"):
                     self._end(
                         one,
                         "Failed",
@@ -244,14 +312,9 @@ class Checkpoints:
                         "its log (kubectl logs --previous). No checkpoint exists; the pod runs on",
                     )
                     return
-            elif one["spec"].get("autoMigration"):
-                self._end(
-                    one,
-                    "Failed",
-                    "NotSupported",
-                    "this agent does not migrate pods: leave autoMigration out, and give the "
-                    "successor the annotation grit.dev/checkpoint. Nothing was done to the pod",
-                )
+            elif one["spec"].get("autoMigration") and (refused := self.migration.refused(one)):
+                text = f"{refused}. Nothing was done to the pod"
+                self._end(one, "Failed", "CannotMigrate", text)
                 return
             elif there:
                 self._end(
@@ -303,10 +366,37 @@ class Checkpoints:
             status["progress"] = {**status.get("progress", {}), "phase": "done", "bytes": size}
 
         text = but or f"{size} bytes in {directory}"
+        text += _odd_note(one)
         reason = "PodPaused" if but else "Complete"
-        if not self._end(one, "Checkpointed", reason, text, finished) and self._disowned(one):
+        if one["spec"].get("autoMigration"):
+            written = self._end(one, "Submitting", reason, text, finished, last=False)
+        else:
+            written = self._end(one, "Checkpointed", reason, text, finished)
+        if not written and self._disowned(one):
             self.say(f"checkpoint {_name(one)} was taken from us: {directory} is removed")
             checkpoint_dir.remove(directory)
+        elif written and one["spec"].get("autoMigration"):
+            self._submit(one)
+
+    def _submit(self, one: Object) -> None:
+        """The files are whole; what is left is the API server's, and may be begun again."""
+        current = self._still_ours(one)
+        if current is None:
+            return
+        until = time.monotonic() + self.settings.lease_seconds
+
+        def wait() -> bool:
+            return self.stopping.wait(_LOOK_SECONDS) or time.monotonic() > until
+
+        try:
+            text = self.migration.submit(current, wait)
+        except NotMigrated as error:
+            where = current["status"].get("dataPath")
+            text = f"{error}. The checkpoint is whole, in {where}"
+            if not self.stopping.is_set():
+                self._end(one, "Checkpointed", "NotMigrated", text)
+        else:
+            self._end(one, "Submitted", "Migrated", text)
 
     def _disowned(self, one: Object) -> bool:
         """Whether the files are nobody's: an agent that stops leaves them to its successor."""
@@ -323,13 +413,16 @@ class Checkpoints:
         reason: str,
         text: str,
         change: Callable[[dict[str, Any]], None] = lambda status: None,
+        *,
+        last: bool = True,
     ) -> bool:
-        """Writes how it ended, however long the API server takes; False if it is not ours any
-        more, or the agent is to stop."""
+        """Writes how it ended, or all but the `last` step of it, however long the API server takes;
+        False if it is not ours any more, or the agent is to stop."""
 
         def ended(status: dict[str, Any]) -> None:
             change(status)
-            status["finishedAt"] = _now()
+            if last:
+                status["finishedAt"] = _now()
 
         pause = 0.2
         while True:
@@ -387,25 +480,58 @@ class Checkpoints:
         self.api.put_status(one)
         self.say(f"checkpoint {_name(one)} failed: {text}")
 
-    def _clear(self, one: Object, orphan: bool) -> None:
+    def _come_back(self, one: Object, job: Job) -> None:
+        """Finishes or undoes what others have failed while this agent was away: nobody else can
+        resume what it had paused."""
+        status, directory = one["status"], one["status"].get("dataPath", "")
+        if self.settings.holds(directory) and os.path.isdir(directory) and os.listdir(directory):
+            text = f"{self.pods.saved_bytes(directory)} bytes in {directory}, though its agent was "
+            _set(one, "Checkpointed", "Complete", text + "away before it could say so")
+        else:
+            told = "nothing was done to the pod"
+            if directory:  # written before the pod is paused
+                told = self._undo(one, directory)
+            text = f"node {self.settings.node} was lost during the checkpoint and is back: {told}"
+            _set(one, "Failed", "NodeCameBack", text)
+        status["finishedAt"] = _now()
+        self.api.put_status(one)
+        self.say(f"checkpoint {_name(one)} is {status['phase']}: {text}")
+
+    def _undo(self, one: Object, directory: str) -> str:
+        """Resumes the pod and removes drafts; says what became of them."""
+        try:
+            with self._lock_of(one):
+                if self._uid(one) != one["status"].get("podUID"):
+                    told = "the pod has ended meanwhile"
+                else:
+                    self.pods.go_on(_pod(one))
+                    told = "the pod runs on"
+        except ContainerdError as error:
+            told = f"the pod may still be paused ({error}): gritctl resume -n k8s.io {_pod(one)}"
+        if self.settings.holds(directory):
+            _remove(directory)
+        return f"{told}. There are no files; make another Checkpoint"
+
+    def _clear(self, one: Object, job: Job) -> None:
         """Removes the files of a deleted Checkpoint, then lets it go."""
         meta, status = one["metadata"], one.get("status") or {}
-        if FINALIZER not in meta.get("finalizers", []):
-            return
         node = status.get("nodeName", "")
-        if node and node != self.settings.node and not orphan:
-            return
         ours = node == self.settings.node
-        if ours and status.get("phase") == "Checkpointing":
-            if self._lock_of(one).locked():
-                return  # another Checkpoint of the pod is under way: later
-            if self.pods.uid(_pod(one)) == status.get("podUID"):
-                self.pods.go_on(_pod(one))
+        if ours and (status.get("phase") == "Checkpointing" or _is_lost(one)):
+            with self._lock_of(one):
+                if self._uid(one) == status.get("podUID"):
+                    self.pods.go_on(_pod(one))
+        reader = self.migration.reader_of(one)
+        if reader:
+            self._say_why_not(
+                one, f"the Restore {reader} reads the files; they go when it has ended"
+            )
+            return
         directory = status.get("dataPath", "")
         if not (ours or one["spec"].get("volumeClaim")):
             if directory:
                 self.say(f"checkpoint {_name(one)}: {directory} was left on node {node}")
-        elif directory and self._is_ours(directory):
+        elif self.settings.holds(directory):
             try:
                 _remove(directory)
             except CheckpointDirError as error:
@@ -416,7 +542,7 @@ class Checkpoints:
         self.api.put(one)
 
     def _say_why_not(self, one: Object, text: str) -> None:
-        conditions = one["status"].get("conditions", [])
+        conditions = one.get("status", {}).get("conditions", [])
         if all(each["message"] != text for each in conditions):
             _set(one, one["status"]["phase"], "NotRemoved", text)
             self.api.put_status(one)
@@ -424,16 +550,10 @@ class Checkpoints:
     def _lock_of(self, one: Object) -> threading.Lock:
         return self._busy.setdefault(_pod(one), threading.Lock())
 
-    def _is_ours(self, directory: str) -> bool:
-        """Whether a directory named in a status, which others may write, is below a store."""
-        real = os.path.realpath(directory)
-        places = map(os.path.realpath, [self.settings.root, *self.settings.stores.values()])
-        return any(real.startswith(f"{place.rstrip('/')}/") for place in places)
-
     def _expire(self, one: Object) -> None:
         after = one["spec"].get("ttlSecondsAfterFinished")
         if after is None:
-            note = (one["metadata"].get("annotations") or {}).get(TTL, "")
+            note = _note(one)
             after = int(note) if note.isdecimal() else None
         ended = one["status"].get("finishedAt")
         if after is None or not ended:
@@ -447,6 +567,25 @@ class Checkpoints:
         return {"name": self.settings.node, "until": _now(self.settings.lease_seconds)}
 
 
+def _is_lost(one: Object) -> bool:
+    """Whether others have taken its agent for dead."""
+    found = (one.get("status") or {}).get("conditions", [])
+    return any(each["type"] == CONDITION and each["reason"] == LOST for each in found)
+
+
+def _note(one: Object) -> str:
+    found: str = (one["metadata"].get("annotations") or {}).get(TTL, "")
+    return found
+
+
+def _odd_note(one: Object) -> str:
+    """What is to be said of an annotation that the API server cannot check; "" for nothing."""
+    note = _note(one)
+    if not note or note.isdecimal():
+        return ""
+    return f". It is kept until it is deleted: {TTL} is {note!r}, which is no number of seconds"
+
+
 def _remove(directory: str) -> None:
     """Removes a checkpoint and what killed agents have left of it. Raises CheckpointDirError."""
     if os.path.isdir(directory):
@@ -455,32 +594,8 @@ def _remove(directory: str) -> None:
 
 
 def _set(one: Object, phase: str, reason: str, text: str) -> None:
-    """Phase and condition."""
-    status = one.setdefault("status", {})
-    status["phase"] = phase
-    truth = {"Checkpointed": "True", "Failed": "False"}.get(phase, "Unknown")
-    conditions = status.setdefault("conditions", [])
-    before: dict[str, Any] = next((each for each in conditions if each["type"] == CONDITION), {})
-    same = before.get("status") == truth
-    status["conditions"] = [each for each in conditions if each["type"] != CONDITION] + [
-        {
-            "type": CONDITION,
-            "status": truth,
-            "reason": reason,
-            "message": text[:32768],
-            "lastTransitionTime": before["lastTransitionTime"] if same else _now(),
-        }
-    ]
-
-
-def _now(ahead: float = 0) -> str:
-    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=ahead)
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+    set_phase(one, phase, CONDITION, reason, text)
 
 
 def _pod(one: Object) -> str:
     return f"{one['metadata']['namespace']}/{one['spec']['podName']}"
-
-
-def _name(one: Object) -> str:
-    return f"{one['metadata']['namespace']}/{one['metadata']['name']}"

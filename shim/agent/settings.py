@@ -31,6 +31,7 @@ class Settings:
     lease_seconds: float = 30
     pod_wait_seconds: float = 60
     orphan_seconds: float = 300
+    restore_seconds: float = 600
     stores: dict[str, str] = field(default_factory=dict)
 
     def directory(self, one: dict[str, Any]) -> str:
@@ -45,6 +46,14 @@ class Settings:
         meta = one["metadata"]
         root = self.stores[claim] if claim else self.root
         return os.path.join(root, meta["namespace"], meta["name"])
+
+    def holds(self, directory: str) -> bool:
+        """Whether a directory named in a status, which others may write, is below a store."""
+        if not directory:
+            return False
+        real = os.path.realpath(directory)
+        places = map(os.path.realpath, [self.root, *self.stores.values()])
+        return any(real.startswith(f"{place.rstrip('/')}/") for place in places)
 
 
 def load(path: str, node: str) -> Settings:

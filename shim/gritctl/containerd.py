@@ -79,9 +79,12 @@ def complete(ctx: click.Context, param: click.Parameter, begun: str) -> list[str
 
 
 class Containerd:
-    """A connection to the containerd that listens at `address`, within one of its namespaces."""
+    """A connection to the containerd that listens at `address`, within one of its namespaces. It
+    waits for each answer as long as it takes, or `seconds`: only for questions, as a Pause or a
+    Checkpoint that nobody waits for would leave the container frozen."""
 
-    def __init__(self, address: str, namespace: str) -> None:
+    def __init__(self, address: str, namespace: str, seconds: float | None = None) -> None:
+        self._seconds = seconds
         self.address = address.removeprefix("unix://")
         self.namespace = namespace
         try:
@@ -115,7 +118,8 @@ class Containerd:
             request_serializer=type(request).encode,
             response_deserializer=reply.decode,
         )
-        return Call(stub.future(request, metadata=self._metadata(lease)), self.address)
+        future = stub.future(request, timeout=self._seconds, metadata=self._metadata(lease))
+        return Call(future, self.address)
 
     def call(
         self, service: str, method: str, request: Message, reply: type[R], *, lease: str = ""
@@ -143,8 +147,10 @@ class Containerd:
     def version(self) -> str:
         return self.call(VERSION, "Version", m.Nothing(), m.Version).version
 
-    def containers(self) -> list[m.Container]:
-        return self.call(CONTAINERS, "List", m.Filters(), m.ContainerList).containers
+    def containers(self, wanted: str = "") -> list[m.Container]:
+        """All, or those that a filter of containerd's own kind wants."""
+        request = m.Filters(filters=[wanted] if wanted else [])
+        return self.call(CONTAINERS, "List", request, m.ContainerList).containers
 
     def task(self, container_id: str) -> m.Task | None:
         """None for a container without one."""
@@ -197,4 +203,6 @@ def _explained(error: Any, address: str) -> ContainerdError:
     text = text.removesuffix(": unknown")  # containerd's word for an error without a kind
     if code == "UNAVAILABLE":
         text = f"containerd at {address} does not answer: {text}"
+    if code == "DEADLINE_EXCEEDED":
+        text = f"containerd at {address} has not answered in time, does it hang? {text}"
     return ContainerdError(code, text)

@@ -65,6 +65,12 @@ def find(containerd: Containerd, wanted: str) -> tuple[list[Target], bool]:
     return found, pod
 
 
+def labelled(pod: str) -> str:
+    """containerd's filter for the containers, the sandbox included, of `<namespace>/<name>`."""
+    namespace, _, name = pod.partition("/")
+    return f'labels."{_POD}"=="{name}",labels."{_POD_NAMESPACE}"=="{namespace}"'
+
+
 def under_grit(target: Target, namespace: str) -> bool | None:
     """Whether grit runs the container, by the runtime's name or the shims' own records: another
     name, too, may lead to grit's binary. None where those are only shown to root."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from shim.agent.api import Api, ApiError, Conflict
+from shim.agent.api import Api, ApiError, Conflict, PodsApi
 
 ONE = {"metadata": {"namespace": "ns", "name": "one", "uid": "u1", "resourceVersion": "5"}}
 ALL = "/apis/kaito.sh/v1alpha1/checkpoints"
@@ -29,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_PUT = do_DELETE = do_GET
+    do_PUT = do_POST = do_DELETE = do_GET
 
     def log_message(self, *_):
         pass
@@ -45,7 +46,7 @@ def server():
 
 
 @pytest.fixture
-def api(server, tmp_path):
+def config(server, tmp_path):
     pytest.importorskip("kubernetes")
     config = {
         "current-context": "c",
@@ -56,7 +57,12 @@ def api(server, tmp_path):
         "users": [{"name": "u", "user": {}}],
     }
     (tmp_path / "config").write_text(json.dumps(config))
-    return Api("checkpoints", str(tmp_path / "config"))
+    return str(tmp_path / "config")
+
+
+@pytest.fixture
+def api(config):
+    return Api("checkpoints", config)
 
 
 def test_all_and_then_what_changes(api, server):
@@ -79,6 +85,32 @@ def test_only_this_very_one_is_deleted(api, server):
     api.delete(ONE)
     ((method, path, _, body),) = server.asked
     assert (method, path, body) == ("DELETE", PATH, {"preconditions": {"uid": "u1"}})
+
+
+def test_one_that_is_there_already_is_left(api, server):
+    api.create(ONE)
+    ((method, path, _, body),) = server.asked
+    assert (method, path, body) == ("POST", os.path.dirname(PATH), ONE)
+    server.answer = (409, {"reason": "AlreadyExists"})
+    api.create(ONE)
+
+
+def test_pods(config, server):
+    pods = PodsApi(config)
+    assert pods.get("ns", "one") == ONE
+    pods.delete(ONE)
+    path = "/api/v1/namespaces/ns/pods/one"
+    assert server.asked == [
+        ("GET", path, "", None),
+        ("DELETE", path, "", {"preconditions": {"uid": "u1"}}),
+    ]
+    for status, reason in ((409, "Conflict"), (404, "NotFound")):
+        server.answer = (status, {"reason": reason})
+        pods.delete(ONE)
+    assert pods.get("ns", "one") is None
+    server.answer = (403, {"message": "not yours"})
+    with pytest.raises(ApiError, match=r"answered 403 .*not yours"):
+        pods.get("ns", "one")
 
 
 def test_gone_and_overtaken(api, server):

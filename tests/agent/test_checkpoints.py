@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import os
 import threading
@@ -12,106 +11,14 @@ import pytest
 from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict
 from shim.agent.checkpoints import ATTEMPTS, FINALIZER, Checkpoints
+from shim.agent.migration import Migration
 from shim.agent.settings import Settings
 from shim.gritctl.containerd import ContainerdError
 from shim.gritctl.interrupts import Interrupted
 from shim.gritctl.saving import SavingError
+from tests.agent.memory import KEY, Client, Killed, Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-KEY = ("default", "one")
-
-
-class Killed(BaseException):
-    pass
-
-
-class Server:
-    """Keeps resources as an API server does: versions, finalizers, status apart."""
-
-    def __init__(self):
-        self.kept, self.version, self.down = {}, 1, False
-
-    def create(self, name="one", uid="u1", **spec):
-        self.version += 1
-        self.kept["default", name] = {
-            "metadata": {
-                "namespace": "default",
-                "name": name,
-                "uid": uid,
-                "resourceVersion": str(self.version),
-            },
-            "spec": {"podName": "train", **spec},
-        }
-
-    def mark_deleted(self, key=KEY):
-        self.version += 1
-        meta = self.kept[key]["metadata"]
-        meta |= {"deletionTimestamp": "now", "resourceVersion": str(self.version)}
-        if not meta.get("finalizers"):
-            del self.kept[key]
-
-    def status(self, key=KEY):
-        return self.kept[key].get("status", {})
-
-    def message(self, key=KEY):
-        return self.status(key)["conditions"][0]["message"]
-
-
-class Client:
-    """A connection of one agent, which is killed before or after its write number `dies`."""
-
-    def __init__(self, server, dies=None, after=False):
-        self.server, self.dies, self.after = server, dies, after
-        self.dead, self.writes = False, 0
-
-    def alive(self):
-        if self.dead:
-            raise Killed
-        if self.server.down:
-            raise ApiError("down")
-
-    def list(self):
-        self.alive()
-        return copy.deepcopy(list(self.server.kept.values())), str(self.server.version)
-
-    def get(self, namespace, name):
-        self.alive()
-        return copy.deepcopy(self.server.kept.get((namespace, name)))
-
-    def put(self, one):
-        return self._put(one, status=False)
-
-    def put_status(self, one):
-        return self._put(one, status=True)
-
-    def delete(self, one):
-        self.alive()
-        self.server.mark_deleted((one["metadata"]["namespace"], one["metadata"]["name"]))
-
-    def _put(self, one, *, status):
-        self.alive()
-        self.writes += 1
-        if self.writes == self.dies and not self.after:
-            self.dead = True
-            raise Killed
-        key = one["metadata"]["namespace"], one["metadata"]["name"]
-        kept = self.server.kept.get(key)
-        if kept is None:
-            return None
-        if kept["metadata"]["resourceVersion"] != one["metadata"]["resourceVersion"]:
-            raise Conflict("409")
-        self.server.version += 1
-        if status:
-            kept["status"] = copy.deepcopy(one["status"])
-        else:
-            kept["metadata"] = copy.deepcopy(one["metadata"])
-        kept["metadata"]["resourceVersion"] = str(self.server.version)
-        if "deletionTimestamp" in kept["metadata"] and not kept["metadata"].get("finalizers"):
-            del self.server.kept[key]
-        if self.writes == self.dies:
-            self.dead = True
-            raise Killed
-        return copy.deepcopy(kept)
 
 
 class Pods:
@@ -121,7 +28,7 @@ class Pods:
         self.there, self.paused, self.saves, self.resumed = uid, False, 0, 0
         self.error, self.dies, self.client, self.during = None, "", None, lambda: None
 
-    def uid(self, pod):
+    def uid(self, pod, seconds=None):
         assert pod == "default/train"
         return self.there
 
@@ -159,11 +66,14 @@ class Pods:
 
 
 class Agent(Checkpoints):
-    def __init__(self, server, root, pods, node="n1", dies=None, after=False, **settings):
+    def __init__(
+        self, server, root, pods, node="n1", dies=None, after=False, migration=None, **settings
+    ):
+        migration = migration or Migration(Client(Server()), None)
         self.client = pods.client = Client(server, dies, after)
         self.lines = []
         found = Settings(node, root=str(root), **settings)
-        super().__init__(self.client, pods, found, self.lines.append)
+        super().__init__(self.client, pods, migration, found, self.lines.append)
 
     def settle(self, rounds=6):
         for _ in range(rounds):
@@ -174,7 +84,7 @@ class Agent(Checkpoints):
 
 @pytest.fixture
 def server():
-    one = Server()
+    one = Server(podName="train")
     one.create()
     return one
 
@@ -298,6 +208,95 @@ def test_a_node_that_is_silent_is_lost_but_not_while_nobody_could_write(server, 
     assert "node n1" in server.message()
 
 
+def lost(server, tmp_path, pods):
+    """Its agent is killed, and another has noticed."""
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+    other = Agent(server, tmp_path, Pods(None), node="n2")
+    other.step()
+    other._since = {key: since - 2000 for key, since in other._since.items()}
+    other.step()
+    assert server.status()["conditions"][0]["reason"] == "NodeLost"
+
+
+def test_lost_and_back_the_pod_is_resumed(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    lost(server, tmp_path, pods)
+    assert pods.paused
+    pods.dies = ""
+    for _ in range(2):
+        Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "is back: the pod runs on" in server.message()
+    assert (pods.saves, pods.resumed, pods.paused) == (1, 1, False)
+
+
+def test_lost_and_back_with_whole_files(server, tmp_path):
+    pods = Pods()
+    pods.dies = "published"
+    lost(server, tmp_path, pods)
+    pods.dies = ""
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert holds_checkpoint(tmp_path)
+    assert pods.saves == 1
+
+
+def test_lost_and_back_after_it_was_deleted(server, tmp_path):
+    pods = Pods()
+    pods.dies = "paused"
+    lost(server, tmp_path, pods)
+    pods.dies = ""
+    server.mark_deleted()
+    Agent(server, tmp_path, pods).settle()
+    assert not server.kept
+    assert not pods.paused
+
+
+def test_containerd_that_is_away_is_waited_for(server, tmp_path):
+    """An agent that is back before its containerd does not give up a pod that it had paused."""
+    pods = Pods()
+    pods.dies = "paused"
+    with pytest.raises(Killed):
+        Agent(server, tmp_path, pods).settle()
+    pods.dies, asked = "", []
+
+    def uid(pod, seconds=None):
+        asked.append(pod)
+        if len(asked) < 3:
+            raise ContainerdError("UNAVAILABLE", "no containerd")
+        return "p1"
+
+    pods.uid = uid
+    Agent(server, tmp_path, pods, lease_seconds=0.01).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert (pods.saves, pods.paused) == (2, False)
+
+
+def test_containerd_that_hangs_is_asked_once_for_all(server, tmp_path):
+    server.create("two", "u2")
+    pods, asked = Pods(), []
+
+    def uid(pod, seconds=None):
+        asked.append(seconds)
+        raise ContainerdError("DEADLINE_EXCEEDED", "hangs")
+
+    pods.uid = uid
+    agent = Agent(server, tmp_path, pods, lease_seconds=30)
+    agent.step()
+    assert asked == [5]
+    agent.step()
+    assert asked == [5, 5]
+
+
+def test_an_annotation_that_is_no_time_is_told(server, tmp_path):
+    server.kept[KEY]["metadata"]["annotations"] = {"grit.dev/ttl-seconds-after-finished": "1h"}
+    Agent(server, tmp_path, Pods()).settle()
+    assert server.status()["phase"] == "Checkpointed"
+    assert "'1h', which is no number of seconds" in server.message()
+
+
 def test_a_claim_lost_meanwhile_leaves_no_files(server, tmp_path):
     pods = Pods()
 
@@ -407,16 +406,12 @@ def test_pod_that_runs_nowhere(server, tmp_path):
 
 
 def test_refused_with_nothing_done(server, tmp_path):
-    for changes, word in (
-        ({"volumeClaim": {"claimName": "nfs"}}, "nfs is no store"),
-        ({"autoMigration": True}, "does not migrate"),
-    ):
-        server.create(**changes)
-        pods = Pods()
-        Agent(server, tmp_path, pods).settle()
-        assert server.status()["phase"] == "Failed"
-        assert word in server.message()
-        assert pods.saves == 0
+    server.create(volumeClaim={"claimName": "nfs"})
+    pods = Pods()
+    Agent(server, tmp_path, pods).settle()
+    assert server.status()["phase"] == "Failed"
+    assert "nfs is no store" in server.message()
+    assert pods.saves == 0
 
 
 def test_a_directory_that_is_there_is_not_overwritten(server, tmp_path):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.kube.control_plane import ControlPlane
-from tests.nodes.installed import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +21,5 @@ def plane() -> Iterator[ControlPlane]:
 @pytest.fixture(scope="session")
 def resources(plane: ControlPlane) -> ControlPlane:
     """The control plane, with the resources that are packaged."""
-    for path in sorted((REPOSITORY / "packaging/kubernetes/crds").glob("*.yaml")):
-        plane.apply(path.read_text())
-    for name in ("checkpoints", "restores"):
-        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}.kaito.sh")
+    plane.apply_packaged()
     return plane

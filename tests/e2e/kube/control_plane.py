@@ -5,8 +5,9 @@ kubectl, and the network by which other nodes reach it.
         plane.apply(manifest)
         path = plane.join(node)   # a kubeconfig in the node
 
-The server knows no core resources, so nothing says whether a namespace exists, and everyone who has
-a certificate of `system:masters` may do everything; what was done is in the audit log.
+The server knows no core resources, so nothing says whether a namespace exists. Whoever has a
+certificate of `system:masters` may do everything, the agents what the packaged ClusterRole lets
+them (`authorizer.py`); what was done is in the audit log.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import base64
 import json
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tests.e2e import gpu
 from tests.nodes import apiserver
+from tests.nodes.installed import REPOSITORY
 from tests.nodes.node import Node
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ BINARIES = "/usr/local/lib/kube"
 HOME = "/var/lib/kube"
 ADDRESS = "10.99.0.1"
 PORT = 6443
+AUTHORIZER_PORT = 6444
+AGENT = "system:serviceaccount:kube-system:grit-agent"
+"""Who the agents are."""
 KUBECONFIG = "/etc/kubernetes/grit-agent.conf"
 """Where a node that joined has its kubeconfig."""
 
@@ -51,7 +57,7 @@ sign() {{
 }}
 sign server /CN=apiserver 'subjectAltName=IP:{ADDRESS},IP:127.0.0.1'
 sign admin /O=system:masters/CN=admin extendedKeyUsage=clientAuth
-sign agent /O=system:masters/CN=grit-agent extendedKeyUsage=clientAuth
+sign agent /O=system:serviceaccounts/CN={AGENT} extendedKeyUsage=clientAuth
 """
 
 _AUDIT = """\
@@ -71,7 +77,7 @@ _SERVER = (
     f"--client-ca-file={HOME}/ca.crt",
     f"--kubeconfig={HOME}/admin.conf",
     f"--authentication-kubeconfig={HOME}/admin.conf",
-    f"--authorization-kubeconfig={HOME}/admin.conf",
+    f"--authorization-kubeconfig={HOME}/authorizer.conf",
     "--authentication-skip-lookup",
     "--enable-priority-and-fairness=false",
     "--disable-admission-plugins=NamespaceLifecycle,MutatingAdmissionPolicy,"
@@ -95,6 +101,7 @@ class ControlPlane:
             self.node.run(["sh", "-c", _CERTIFICATES])
             self._write("audit.yaml", _AUDIT)
             self._write("admin.conf", self.kubeconfig("admin", "127.0.0.1"))
+            self._start_authorizer()
             self.node.run(["ip", "link", "add", "kube0", "type", "bridge"])
             self.node.run(["ip", "addr", "add", f"{ADDRESS}/24", "dev", "kube0"])
             self.node.run(["ip", "link", "set", "kube0", "up"])
@@ -122,6 +129,17 @@ class ControlPlane:
         """Starts the API server; returns when it says that it is ready."""
         self._start("apiserver", *_SERVER)
         gpu.until("a ready API server", self._ready, 60)
+
+    def _start_authorizer(self) -> None:
+        script = Path(__file__).with_name("authorizer.py").read_text()
+        self._write("authorizer.py", script)
+        self._write("authorizer.conf", _kubeconfig(f"http://127.0.0.1:{AUTHORIZER_PORT}", {}, {}))
+        words = ["python3", f"{HOME}/authorizer.py", str(AUTHORIZER_PORT)]
+        server = self.node.popen(words, stdin=subprocess.PIPE)
+        assert server.stdin
+        server.stdin.write(json.dumps({AGENT: granted()}))
+        server.stdin.close()
+        self._processes["authorizer"] = server
 
     def stop(self, name: str) -> None:
         """Ends "etcd" or "apiserver" (SIGKILL)."""
@@ -161,6 +179,13 @@ class ControlPlane:
         words = ("apply", "--validate=false", "-f", "-")
         return self.kubectl(*words, input=manifest, **options)
 
+    def apply_packaged(self) -> None:
+        """The resources, as packaged; returns when the server has taken them into service."""
+        for path in sorted((REPOSITORY / "packaging/kubernetes/crds").glob("*.yaml")):
+            self.apply(path.read_text())
+        for name in ("checkpoints", "restores"):
+            self.kubectl("wait", "--for=condition=Established", f"crd/{name}.kaito.sh")
+
     def command(self, *words: str) -> list[str]:
         return [f"{BINARIES}/kubectl", f"--kubeconfig={HOME}/admin.conf", *words]
 
@@ -170,24 +195,12 @@ class ControlPlane:
 
     def kubeconfig(self, user: str, address: str) -> str:
         """A kubeconfig that holds all it needs."""
-        cluster = {
-            "server": f"https://{address}:{PORT}",
-            "certificate-authority-data": self._encoded("ca.crt"),
-        }
         credentials = {
             "client-certificate-data": self._encoded(f"{user}.crt"),
             "client-key-data": self._encoded(f"{user}.key"),
         }
-        return yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [{"name": "tests", "cluster": cluster}],
-                "users": [{"name": user, "user": credentials}],
-                "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": user}}],
-                "current-context": "tests",
-            }
-        )
+        authority = {"certificate-authority-data": self._encoded("ca.crt")}
+        return _kubeconfig(f"https://{address}:{PORT}", authority, credentials)
 
     def join(self, node: Node) -> str:
         """Connects a node to the control plane; returns where the agent's kubeconfig is there."""
@@ -206,7 +219,7 @@ class ControlPlane:
         path.write_text(self.kubeconfig("agent", ADDRESS))
         return KUBECONFIG
 
-    def audit(self, user: str) -> list[dict[str, Any]]:
+    def audit(self, user: str = AGENT) -> list[dict[str, Any]]:
         """What `user` (the common name of its certificate) asked, in the API server's own words."""
         lines = self.node.path(f"{HOME}/audit.log").read_text().splitlines()
         return [e for e in map(json.loads, lines) if e["user"]["username"] == user]
@@ -216,3 +229,29 @@ class ControlPlane:
 
     def _write(self, name: str, text: str) -> None:
         self.node.path(f"{HOME}/{name}").write_text(text)
+
+
+def granted() -> list[dict[str, Any]]:
+    """The rules of the agents' ClusterRole, as packaged and bound."""
+    path = REPOSITORY / "packaging/kubernetes/agent.yaml"
+    every = list(yaml.safe_load_all(path.read_text()))
+    (binding,) = [one for one in every if one["kind"] == "ClusterRoleBinding"]
+    (subject,) = binding["subjects"]
+    words = ("system", subject["kind"].lower(), subject["namespace"], subject["name"])
+    assert ":".join(words) == AGENT
+    roles = {one["metadata"]["name"]: one["rules"] for one in every if one["kind"] == "ClusterRole"}
+    rules: list[dict[str, Any]] = roles[binding["roleRef"]["name"]]
+    return rules
+
+
+def _kubeconfig(server: str, cluster: dict[str, str], user: dict[str, str]) -> str:
+    return yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "tests", "cluster": {"server": server, **cluster}}],
+            "users": [{"name": "tests", "user": user}],
+            "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": "tests"}}],
+            "current-context": "tests",
+        }
+    )

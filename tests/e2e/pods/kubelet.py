@@ -178,6 +178,7 @@ class Pod:
         mounts: Mapping[str, str] | None = None,
         uid: str = "",
         env: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         kubelet.made.append(self)
         self.kubelet = kubelet
@@ -200,7 +201,12 @@ class Pod:
             "metadata": {"name": name, "uid": self.uid, "namespace": "default"},
             "hostname": name,
             "log_directory": self.logs,
-            "labels": {"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "default"},
+            "labels": {
+                **(labels or {}),
+                "io.kubernetes.pod.name": name,
+                "io.kubernetes.pod.namespace": "default",
+                "io.kubernetes.pod.uid": self.uid,
+            },
             "annotations": dict(annotations or {}),
             "linux": {
                 "cgroup_parent": f"/kubepods/pod{self.uid}",
