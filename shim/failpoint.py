@@ -21,9 +21,12 @@ CHECKPOINT = (
     "copy",  # only where the driver engine copies device memory
     "freeze",
     "look-again",  # for processes that took up CUDA in between
+    "lane",  # only where device memory is to go past CRIU
+    "drop",  # the same
     "dump",
     "publish",  # under its final name what CRIU has written
     "let-go",  # CRIU of the processes
+    "refill",  # only where memory was dropped
     "thaw",
     "give-back",  # the GPU, where there is one
 )

@@ -19,7 +19,7 @@ import os
 import signal
 import time
 
-from shim import digests, gpu, log
+from shim import digests, failpoint, gpu, journal, log
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 from shim.cuda.suspension import Process
@@ -56,11 +56,14 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
     if not took:
         return {}
     began = time.monotonic()
+    failpoint.reach("lane")
     with gpu.helper(container.config) as driver:
         try:
             for process in took:
                 process.lane = _written(container, driver, process, directory)
             written = round(time.monotonic() - began, 6)
+            failpoint.reach("drop")
+            journal.note(container, journal.DROPPING)
             for process in took:
                 process.dropped_to = directory  # before it is true: see `refill`
             driver.lane_drop(
@@ -69,7 +72,7 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
                 threads=_threads(container.config),
                 timeout=container.config.dump_timeout,
             )
-        except CudaError as error:
+        except (CudaError, OSError, failpoint.Reached) as error:
             log.warning(
                 "CRIU is to move the device memory: the lane cannot be used",
                 id=container.id,
@@ -109,6 +112,8 @@ def refill(container: Container) -> None:
     if not dropped:
         return
     began = time.monotonic()
+    failpoint.reach("refill")
+    journal.note(container, journal.REFILLING)
     with gpu.helper(container.config) as driver:
         for process in dropped:
             if not discovery.alive(process.pid, process.start_time):
@@ -117,7 +122,7 @@ def refill(container: Container) -> None:
             try:
                 directory, algorithm = process.dropped_to, digests.algorithm(container.config)
                 _filled(container, driver, process, directory, algorithm, fresh=False)
-            except CudaError as error:
+            except (CudaError, OSError) as error:
                 raise NotRefilled(
                     f"container {container.id}: the device memory of {process} is in "
                     f"{process.dropped_to}/{PREFIX}* and not in the process: {error}. The "

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.nodes.node import Node
     from tests.simgpu.simgpu import Report
 
-WHOLE = ("let-go", "thaw", "give-back")
+WHOLE = ("let-go", "refill", "thaw", "give-back")
 """When the checkpoint lies under its final name."""
 
 NOTED = {
@@ -35,9 +35,12 @@ NOTED = {
     "copy": "locking",
     "freeze": "suspended",
     "look-again": "freezing",
-    "dump": "beginning a checkpoint",
+    "lane": "beginning a checkpoint",
+    "drop": "beginning a checkpoint",
+    "dump": "dropping device memory that is in files",
     "publish": "dumping",
     "let-go": "publishing",
+    "refill": "published",
     "thaw": "paused",
     "give-back": "thawing",
     "verify": "",
@@ -94,7 +97,7 @@ def test_daemon_killed_at_a_checkpoint(
     gpu_node: Place, start_job: StartJob, images: str, name: str
 ) -> None:
     node, board = gpu_node
-    configure(node)
+    configure(node, lane_from=1 << 20)
     job, before = begin(start_job, node)
     with held(node, name) as place:
         client = checkpointing(job, images)
