@@ -77,7 +77,8 @@ class Job:
     def checkpoint(
         self, images: str, *flags: str, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        return self._ctr(*self.checkpoint_words(images), *flags, check=check)
+        *words, name = self.checkpoint_words(images)
+        return self._ctr(*words, *flags, name, check=check)
 
     def _ctr(self, *words: str, check: bool) -> subprocess.CompletedProcess[str]:
         done: subprocess.CompletedProcess[str] = self.machine.ctr(*words, check=check, timeout=300)

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu import measure
 from tests.gpu.job import same, until
 from tests.gpu.test_real_checkpoint import there_and_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.gpu.job import Job
     from tests.gpu.machine import Machine
     from tests.gpu.results import Results
 
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     ("megabytes", "settings"),
     [
         (2048, {}),
         (16384, {"lane": "off"}),
         (16384, {}),
-        (16384, {"checksum": "sha256"}),
         (16384, {"engine": "plugin"}),
     ],
-    ids=["small", "without", "with", "sha256", "plugin"],
+    ids=["small", "without", "with", "plugin"],
 )
+
+
+@pytest.fixture(params=["as it is", "always"])
+def huge_pages(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The machine's transparent huge pages, put back afterwards."""
+    before = THP.read_text().partition("[")[2].partition("]")[0]
+    if request.param == "always":
+        THP.write_text("always")
+    yield THP.read_text().partition("[")[2].partition("]")[0]
+    THP.write_text(before)
+
+
+@SIZES
 def test_there_and_back(
+    machine: Machine,
+    job: Callable[..., Job],
+    images: str,
+    results: Results,
+    huge_pages: str,
+    megabytes: int,
+    settings: dict[str, str],
+) -> None:
+    machine.configure(lock_timeout=30, **settings)
+    row = there_and_back(job("hold.py", str(megabytes)), images)
+    results.row(f"{megabytes} MiB, goes on, {_said(settings, huge_pages)}", row)
+    assert _in_lane(images) == (not settings.keys() & {"lane", "engine"})
+
+
+@SIZES
+def test_ended_by_the_dump(
     machine: Machine,
     job: Callable[..., Job],
     images: str,
@@ -37,29 +68,24 @@ def test_there_and_back(
     megabytes: int,
     settings: dict[str, str],
 ) -> None:
+    """Nothing is filled in again there."""
     machine.configure(lock_timeout=30, **settings)
     one = job("hold.py", str(megabytes))
-    results.finding("huge pages", enabled=_thp("enabled"), defrag=_thp("defrag"))
-    row = there_and_back(one, images)
-    named = ", ".join(f"{key} = {value}" for key, value in settings.items())
-    results.row(f"{megabytes} MiB tensor, {named or 'as it comes'}", row)
-    lane = not settings.keys() & {"lane", "engine"}
-    assert row["biggest"].startswith("lane-" if lane else "pages-")
-
-
-def test_ended_by_the_dump(
-    machine: Machine, job: Callable[..., Job], images: str, results: Results
-) -> None:
-    """Nothing is filled in again there."""
-    machine.configure(lock_timeout=30)
-    one = job("hold.py", "2048")
     before = one.next()
+    began = time.monotonic()
     one.checkpoint(images, "--exit")
     until("the end", lambda: one.status() == "STOPPED")
+    row = measure.described(Path(images)) | {"checkpoint": time.monotonic() - began}
     one.end()
-    one.restore(images)
+    row |= measure.restore(one, images)
+    results.row(f"{megabytes} MiB, ends, {_said(settings)}", row)
     same(before, one.next())
 
 
-def _thp(name: str) -> str:
-    return Path(f"/sys/kernel/mm/transparent_hugepage/{name}").read_text().strip()
+def _said(settings: dict[str, str], huge_pages: str = "") -> str:
+    said = [f"{key} = {value}" for key, value in settings.items()] or ["as it comes"]
+    return ", ".join([*said, *([f"huge pages {huge_pages}"] if huge_pages else [])])
+
+
+def _in_lane(images: str) -> bool:
+    return any(Path(images).glob("lane-*"))
