@@ -4,6 +4,7 @@ resumes a container whose client has been killed. docs/reliability.md is the tab
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 import threading
@@ -69,10 +70,15 @@ def killed_at(node: Node, name: str, daemon: int, job: Job) -> None:
         until("the word in the log", lambda: said in node.containerd_log()[mark:])
 
 
-def places(names: Sequence[str], first: str, second: str) -> pytest.MarkDecorator:
-    """The failpoints, every other one on the second node; a change of node costs seconds."""
-    where = [(first, name) for name in names[::2]] + [(second, name) for name in names[1::2]]
-    return pytest.mark.parametrize(("gpu_node", "name"), where, indirect=["gpu_node"])
+def places(names: Sequence[str]) -> pytest.MarkDecorator:
+    """The failpoints, each on one of the nodes, in turn; by the scope, each node is made once."""
+    nodes = itertools.cycle(("13", "forky"))
+    return pytest.mark.parametrize(
+        ("gpu_node", "name"),
+        list(zip(nodes, names, strict=False)),
+        indirect=["gpu_node"],
+        scope="session",
+    )
 
 
 on_13 = pytest.mark.parametrize("gpu_node", ["13"], indirect=True)
@@ -92,7 +98,7 @@ def tidy(node: Node, job: Job) -> None:
         shutil.rmtree(stdio)
 
 
-@places(failpoint.CHECKPOINT, "13", "forky")
+@places(failpoint.CHECKPOINT)
 def test_daemon_killed_at_a_checkpoint(
     gpu_node: Place, start_job: StartJob, images: str, name: str
 ) -> None:
@@ -118,7 +124,7 @@ def test_daemon_killed_at_a_checkpoint(
         go_on(before, fresh.next_report())
 
 
-@places(failpoint.RESTORE, "forky", "13")
+@places(failpoint.RESTORE)
 def test_daemon_killed_at_a_restore(
     gpu_node: Place, start_job: StartJob, images: str, name: str
 ) -> None:
@@ -177,6 +183,7 @@ def test_criu_that_hangs_before_it_holds_a_process(
     ("gpu_node", "how"),
     [("13", "client"), ("13", "checkpoint"), ("forky", "containerd")],
     indirect=["gpu_node"],
+    scope="session",
 )
 def test_watchdog(gpu_node: Place, start_job: StartJob, images: str, how: str) -> None:
     """A Pause whose client has gone: it, or containerd with it; or both but after a Checkpoint."""
