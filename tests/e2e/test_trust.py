@@ -140,6 +140,7 @@ def test_a_key_that_cannot_be_used_stops_a_checkpoint_before_it_begins(
     done = job.checkpoint_task(f"{PLACE}/checkpoint", check=False)
     assert "/etc/grit/none.pem cannot be read: No such file" in done.stderr
     assert "cannot be read" in gritctl(node, "checkpoint", "job", "--to", DIR, status=1)
+    assert "sign_key" in gritctl(node, "doctor", status=3)
     assert job.status() == "RUNNING"
     job.next_report()
     assert not node.path(DIR).exists()
