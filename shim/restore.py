@@ -215,10 +215,12 @@ def _annotated(notes: dict[str, str], container: Container) -> str:
     directory = notes.get(ANNOTATION)
     if not directory or cri.is_sandbox(notes):
         return ""
+    there = _identity(directory, container.config)  # raises before anything is looked for there
     if notes.get(GRIT_RESTORE):
         _await_download(container, directory)
+        there = _identity(directory, container.config)
     images = None
-    if not container.config.checkpoint_roots or _identity(directory, container.config):
+    if there or not container.config.checkpoint_roots:
         images = checkpoint_dir.find_checkpoint(directory, cri.container_name(notes))
     if images:
         return images

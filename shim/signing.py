@@ -49,6 +49,10 @@ class _Key:
         self.path, self.algorithm, self.identity = path, algorithm, identity
         self.sign, self.holds = sign, holds
 
+    @property
+    def described(self) -> str:
+        return f"{self.path} ({self.algorithm} {self.identity})"
+
 
 def signer(path: str | None) -> Sign | None:
     """What makes the content of a signature's file out of the bytes to sign, with the key in the
@@ -76,7 +80,7 @@ def require(data: bytes, where: str, keys: Sequence[str]) -> str:
     loaded = [_load(path) for path in keys]
     for key in loaded:
         if key.algorithm == algorithm and key.holds(signature, data):
-            return f"{key.path} ({key.algorithm} {key.identity})"
+            return key.described
     if any((key.algorithm, key.identity) == (algorithm, identity) for key in loaded):
         raise SigningError(
             f"{where}: was changed after it was signed, or its signature was: the {algorithm} key "
@@ -85,6 +89,11 @@ def require(data: bytes, where: str, keys: Sequence[str]) -> str:
     raise SigningError(
         f"{where}: is signed with the {algorithm} key {identity}, which is none of verify_keys"
     )
+
+
+def described(path: str) -> str:
+    """The key in a file, as `require` names it. Raises SigningError."""
+    return _load(path).described
 
 
 def claimed(where: str) -> str:

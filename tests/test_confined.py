@@ -216,3 +216,12 @@ def test_images_that_were_replaced_since_they_were_verified_are_not_restored(roo
     images.rmdir()
     (root / "pod/main/verified").rename(images)
     restore._require_same(one, found)
+
+
+def test_nothing_is_looked_for_outside_of_the_roots(root: Path) -> None:
+    """Not even the word of GRIT's agent, for which a restore waits."""
+    settings = GritOptions(checkpoint_roots=(str(root),), download_timeout=0.1)
+    one: Any = SimpleNamespace(id="c1", config=settings)
+    notes = {restore.ANNOTATION: str(root.parent / "outside"), restore.GRIT_RESTORE: "saved"}
+    with pytest.raises(CheckpointDirError, match="does not lie beneath"):
+        restore._annotated(notes, one)

@@ -13,6 +13,7 @@ import pytest
 from shim import checkpoint_dir, manifest, signing
 from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.config import GritOptions
+from shim.gritctl import node_checks
 from shim.signing import SigningError
 from tests.test_checkpoint_dir import a_manifest, dump_into
 from tests.test_checkpoint_whole import _wrong
@@ -265,3 +266,20 @@ def test_cryptography_is_not_loaded_without_a_key_that_needs_it(tmp_path: Path) 
         check=True,
     )
     assert not [name for name in json.loads(done.stdout) if name.startswith("cryptography")]
+
+
+def test_the_doctor_names_keys_that_are_none(tmp_path: Path, pair: Pair) -> None:
+    (tmp_path / "bad").write_text("")
+    (tmp_path / "bad").chmod(0o600)
+    options = GritOptions(
+        sign_key=str(tmp_path / "bad"),
+        verify_keys=(str(pair.public), str(tmp_path / "none")),
+        checkpoint_roots=(str(tmp_path), "/nowhere"),
+    )
+    found = [(line.check, line.status) for line in node_checks.trust(options)]
+    assert found == [
+        ("sign_key", "fail"),
+        ("verify_keys", "pass"),
+        ("verify_keys", "fail"),
+        ("checkpoint_roots", "warn"),
+    ]

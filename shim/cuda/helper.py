@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 
-from shim.cuda import states
+from shim.cuda import privileges, states
 from shim.cuda.errors import LibraryError
 
 TYPE_CHECKING = False
@@ -33,6 +33,7 @@ LARGEST_MESSAGE = 65536
 def main(library: str, nvidia_command: str) -> None:
     """Serves the socket on fd 3 until it is closed."""
     peer = socket.socket(fileno=3)
+    privileges.drop()
     try:
         from shim.cuda.libcuda import LibCuda
         from shim.cuda.nvidia_command import NvidiaCommand

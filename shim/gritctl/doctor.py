@@ -68,6 +68,7 @@ def _lines(
     options, line = node_checks.settings(node_checks.config_path(daemon))
     yield from node_checks.kernel()
     yield line
+    yield from node_checks.trust(options)
     yield from node_checks.criu(options, daemon.path)
     if not no_gpu:
         yield from node_checks.graphics(options, daemon.path)

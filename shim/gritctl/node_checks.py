@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tomllib
 
-from shim import config, devices, gpu, headroom, inner, places
+from shim import config, devices, gpu, headroom, inner, places, signing
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
 from shim.cuda.errors import CudaError
@@ -67,6 +67,29 @@ def settings(path: str | None) -> tuple[GritOptions, Line]:
     there = os.path.exists(where)
     text = f"{where}, engine {found.engine}" if there else f"no {where}: everything as by default"
     return found, Line("grit.toml", PASS, text)
+
+
+def trust(options: GritOptions) -> Iterator[Line]:
+    """Keys and roots, where any are configured: a restore would find out too late."""
+    for setting, paths in (
+        ("sign_key", [options.sign_key] if options.sign_key else []),
+        ("verify_keys", options.verify_keys),
+    ):
+        for path in paths:
+            try:
+                found = signing.described(path)
+                if setting == "sign_key":
+                    signing.signer(path)
+            except signing.SigningError as error:
+                yield Line(setting, FAIL, str(error), f"put it right, or take it out of {setting}")
+            else:
+                yield Line(setting, PASS, found)
+    for root in options.checkpoint_roots:
+        if not os.path.isdir(root):
+            yield Line(
+                "checkpoint_roots", WARN, f"there is no directory {root}",
+                "make or mount it, or take it out of checkpoint_roots",
+            )  # fmt: skip
 
 
 def kernel() -> Iterator[Line]:

@@ -53,7 +53,6 @@ def command(
     Examples:
       gritctl verify /var/lib/checkpoints/job
       gritctl verify --no-node /mnt/checkpoints/job     on a machine without GPUs
-      gritctl verify --key ops.pub /mnt/checkpoints/job
       gritctl verify /var/lib/checkpoints/job && gritctl restore /var/lib/checkpoints/job
 
     Exit status: 0 whole and restorable here, 3 damaged, 4 whole but not restorable

@@ -3,15 +3,21 @@ on a real node with a real (simulated-GPU) container."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import cryptography
 import pytest
 
+from shim import restore
+from shim.checkpoint_dir import CheckpointDirError
+from shim.config import GritOptions
 from tests.e2e.gpu import configure, go_on
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.nodes.installed import ENVIRONMENT
@@ -134,6 +140,7 @@ def test_a_key_that_cannot_be_used_stops_a_checkpoint_before_it_begins(
     done = job.checkpoint_task(f"{PLACE}/checkpoint", check=False)
     assert "/etc/grit/none.pem cannot be read: No such file" in done.stderr
     assert "cannot be read" in gritctl(node, "checkpoint", "job", "--to", DIR, status=1)
+    assert "sign_key" in gritctl(node, "doctor", status=3)
     assert job.status() == "RUNNING"
     job.next_report()
     assert not node.path(DIR).exists()
@@ -188,4 +195,71 @@ def test_storage_that_takes_root_for_nobody(node: Node, start_job: StartJob) -> 
     assert "trusted_uids" in refusal(annotated(start_job))
     assert "trusted_uids" in gritctl(node, "restore", DIR, "--name", "again", status=1)
     configure(node, trusted_uids=[65534], checkpoint_roots=[PLACE])
+    go_on(before, annotated(start_job).run().next_report())
+
+
+@contextlib.contextmanager
+def damaged(path: Path, at: int, bit: int) -> Iterator[None]:
+    """One bit of a file is another meanwhile."""
+    with open(path, "r+b") as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), at)
+        try:
+            yield
+        finally:
+            os.pwrite(file.fileno(), bytes([byte]), at)
+
+
+def verdict(node: Node) -> str:
+    """What a restore by annotation would say of DIR, "" if it would begin: the very function."""
+    try:
+        restore._verified(str(node.path(f"{DIR}/checkpoint")), GritOptions(), beside=True)
+    except CheckpointDirError as error:
+        return str(error)
+    return ""
+
+
+def test_damage_anywhere_is_met_before_a_process_runs(node: Node, start_job: StartJob) -> None:
+    """200 single bits of a real checkpoint, each byte of it as likely and each file at least once;
+    then files cut short, swapped and missing; some of it all the way through containerd."""
+    configure(node)
+    job = start_job()
+    before = job.next_report()
+    gritctl(node, "checkpoint", "job", "--to", DIR)
+    job.end()
+    assert verdict(node) == ""
+
+    random = Random(20261128)
+    files = sorted(path for path in node.path(DIR).rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    chosen = [path for path, size in zip(files, sizes, strict=True) if size]
+    chosen += random.choices(files, sizes, k=200 - len(chosen))
+    for path in chosen:
+        at, bit = random.randrange(path.stat().st_size), random.randrange(8)
+        with damaged(path, at, bit):
+            said = verdict(node)
+        # A digest or a name in SHA256SUMS that is another one says so of the file it speaks of.
+        assert path.name in said or (path.name == "SHA256SUMS" and said), (path.name, at, bit, said)
+    assert verdict(node) == ""
+
+    images = node.path(f"{DIR}/checkpoint")
+    pages, core = images / "pages-1.img", images / "core-1.img"
+    for path in (pages, core, images / "grit.json", images.parent / "rootfs-diff.tar"):
+        with damaged(path, path.stat().st_size // 2, 3):
+            assert path.name in refusal(annotated(start_job))
+    was = pages.read_bytes()
+    os.truncate(pages, len(was) - 1)
+    assert "pages-1.img: has" in verdict(node)
+    assert "pages-1.img: has" in refusal(annotated(start_job))
+    pages.unlink()
+    assert "pages-1.img: is missing" in refusal(annotated(start_job))
+    pages.write_bytes(was)
+    mm = images / "mm-1.img"
+    swapped = mm.read_bytes(), core.read_bytes()
+    core.write_bytes(swapped[0])
+    mm.write_bytes(swapped[1])
+    said = refusal(annotated(start_job))
+    assert "mm-1.img: has" in said and f"{core.name}: has" in said
+    mm.write_bytes(swapped[0])
+    core.write_bytes(swapped[1])
     go_on(before, annotated(start_job).run().next_report())
