@@ -20,6 +20,7 @@ import signal
 import time
 
 from shim import digests, failpoint, gpu, journal, log
+from shim.criu_bridge import freezer
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 from shim.cuda.suspension import Process
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from shim.manifest import Manifest
 
 PREFIX = "lane-"
+
+_FREEZE_SECONDS = 10.0
 
 _MOST_THREADS = 16
 """More did not help on 16 processors, and each holds a buffer of 4 MiB."""
@@ -78,11 +81,14 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
                 id=container.id,
                 reason=error,
             )
+            # A helper that was given up may have left it thawed, and files of no process.
+            freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
             refill(container)
             for process in took:
-                for shard in process.lane:
-                    os.unlink(os.path.join(directory, shard.name))
                 process.lane = []
+            for name in os.listdir(directory):
+                if name.startswith(PREFIX):
+                    os.unlink(os.path.join(directory, name))
             return {}
     size = sum(shard.size for process in took for shard in process.lane)
     container.phases |= {"lane_write": written, "lane_drop": time.monotonic() - began - written}

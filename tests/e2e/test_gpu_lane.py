@@ -3,17 +3,22 @@ all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from shim.criu_bridge import images as criu_images
+from tests.e2e.failpoints import held
+from tests.e2e.faults import checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.e2e.gpu import Job
     from tests.nodes.node import Node
@@ -23,7 +28,29 @@ if TYPE_CHECKING:
     StartJob = Callable[..., Job]
 
 MIB = 1 << 20
+
+# What does not depend on the node.
+on_13 = pytest.mark.parametrize("gpu_node", ["13"], indirect=True, scope="session")
+on_forky = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True, scope="session")
+
+TRACER = """
+import ctypes, sys
+assert ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), None, None) == 0  # PTRACE_SEIZE
+print("has it", flush=True)
+sys.stdin.read()
+"""
 SETTINGS = {"engine": "driver", "lane_from": MIB}
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    command = [sys.executable, "-c", TRACER, str(pid)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as tracer:
+        assert tracer.stdout
+        assert tracer.stdout.readline()
+        yield
+        tracer.communicate()
 
 
 def manifest(node: Node, images: str) -> Any:
@@ -78,6 +105,47 @@ def test_ends_and_comes_back(gpu_node: Place, start_job: StartJob, images: str) 
     assert board.library.state(again.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
 
 
+@on_13
+def test_through_the_content_store(gpu_node: Place, start_job: StartJob) -> None:
+    """containerd packs the images and unpacks them elsewhere."""
+    node, board = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job()
+    before = job.next_report()
+    job.checkpoint_container("local/lane:1")
+    go_on(before, job.next_report())
+    job.end()
+    assert board.owners() == {}
+    job.restore_container("local/lane:1")
+    go_on(before, job.next_report())
+
+
+@on_13
+def test_where_nothing_can_be_dropped_criu_moves_it(
+    gpu_node: Place, start_job: StartJob, images: str
+) -> None:
+    """Another tracer has a thread of the container's."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    mark = len(node.containerd_log())
+    with held(node, "drop") as drop, held(node, "dump") as dump:
+        client = checkpointing(job, images)
+        drop.reached()
+        with traced(job.pid()):
+            drop.go_on()
+            dump.reached()
+        dump.go_on()
+        client.communicate(timeout=60)
+    assert "the lane cannot be used" in node.containerd_log()[mark:]
+    assert client.returncode == 0
+    go_on(before, job.next_report())
+    assert not list(node.path(images).glob("lane-*"))
+    assert all(process["lane"] == [] for process in manifest(node, images)["cuda_processes"])
+
+
+@on_forky
 @pytest.mark.parametrize("how", ["flipped", "short", "gone"])
 def test_a_damaged_file_is_refused_before_anything_runs(
     gpu_node: Place, start_job: StartJob, images: str, how: str
