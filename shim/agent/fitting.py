@@ -55,22 +55,19 @@ def unusable(name: str, checkpoint: Object | None) -> tuple[str, str] | None:
     if checkpoint is None:
         return (
             "CheckpointNotFound",
-            f"there is no Checkpoint {name}. Look at kubectl get checkpoint for its name, then "
-            "make another Restore. No pod was touched",
+            f"there is no Checkpoint {name}: kubectl get checkpoint tells their names",
         )
     phase = (checkpoint.get("status") or {}).get("phase")
     if phase not in USABLE or not checkpoint["status"].get("dataPath"):
         return (
             "CheckpointNotReady",
             f"the Checkpoint {name_of(checkpoint)} is {phase or 'new'}, and nothing can be "
-            "restored from it before it is Checkpointed: kubectl wait for that, then make another "
-            "Restore. No pod was touched",
+            "restored from it before it is Checkpointed: kubectl wait for that",
         )
     if "deletionTimestamp" in checkpoint["metadata"]:
         return (
             "CheckpointDeleted",
-            f"the Checkpoint {name_of(checkpoint)} is being deleted, and its files with it. No pod "
-            "was touched",
+            f"the Checkpoint {name_of(checkpoint)} is being deleted, and its files with it",
         )
     return None
 

@@ -232,7 +232,7 @@ def test_of_two_nodes_one_is_first(node, server, checkpoints, tmp_path):
     assert node.ask(here)
     other.agent.api.list = lambda: looked
     with pytest.raises(Conflict):
-        other.agent._answer("c2")
+        other.agent.answers.answer("c2")
     del other.agent.api.list
     assert other.ask(there) == ""
     assert server.status()["nodeName"] == "n1"
@@ -279,6 +279,14 @@ def test_refused_before_any_pod_is_asked(node, server, checkpoints, change, reas
     assert phase(server) == ("Failed", reason)
     assert "No pod was touched" in server.message()
     assert node.pending() == []
+
+
+def test_a_checkpoint_that_goes_before_the_pod_comes(node, server, checkpoints):
+    node.agent.step()
+    checkpoints.kept.clear()
+    told = node.ask(node.container("c1"))
+    assert phase(server) == ("Failed", "CheckpointNotFound")
+    assert "does not start as long as this Restore is there" in str(told)
 
 
 def test_files_that_are_not_on_this_node(node, server, checkpoints, tmp_path):

@@ -378,5 +378,6 @@ def test_without_root(gpu_node: Place, start_job: StartJob) -> None:
     node.run([*words, "resume", "job"])
     node.run([*words, "checkpoint", "job", "--to", "/home/me/job"])
     job.next_report()
-    gritctl(node, "verify", "/home/me/job")
+    said = gritctl(node, "verify", "/home/me/job", status=4)
+    assert "/home/me/job: belongs to the user 1000; it must be root's" in said
     gritctl(node, "rm", "/home/me/job")

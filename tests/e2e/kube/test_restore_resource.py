@@ -225,7 +225,7 @@ def test_what_cannot_be_restored_says_why(clean: ControlPlane, both: tuple[Worke
     plane, b = clean, both[1]
     restore(plane, "missing", TRAIN, "none")
     one = in_phase(plane, "restore", "missing", "Failed", both)
-    assert why(one).startswith("False CheckpointNotFound: there is no Checkpoint none.")
+    assert why(one).startswith("False CheckpointNotFound: there is no Checkpoint none:")
 
     # A checkpoint that does not fit the node: refused with the shim's words, and the pod does not
     # start before somebody has looked at it.
