@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = REPOSITORY / "packaging/kubernetes/examples"
 SETTINGS = "pod_wait_seconds = 3\n"
+PATIENT = {"agent_timeout": 60}
+"""For a busy machine; a kubelet would try again."""
 TRAIN = {"app": "train"}
 
 
@@ -40,6 +42,8 @@ def both(
     resources: ControlPlane, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Worker, Worker]]:
     with workers.two(resources, tmp_path_factory.mktemp("store"), SETTINGS) as both:
+        for worker in both:
+            gpu.configure(worker.node, **PATIENT)
         yield both
 
 
@@ -201,7 +205,7 @@ def test_the_agent_is_killed_while_it_restores(
     successor.create("side")
     with pytest.raises(ServiceError, match=r"agent has not said within 0\.5 s"):
         successor.start("side")
-    gpu.configure(b.node)
+    gpu.configure(b.node, **PATIENT)
     b.start_agent()
     successor.create("side")
     successor.start("side")
