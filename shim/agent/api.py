@@ -177,7 +177,7 @@ class PodsApi:
 
 
 def _configure(kubeconfig: str | None) -> None:
-    from kubernetes import config
+    from kubernetes import client, config
 
     try:
         if kubeconfig:
@@ -189,6 +189,10 @@ def _configure(kubeconfig: str | None) -> None:
             f"no way to the API server: {error}. In a pod a service account is needed, "
             "elsewhere --kubeconfig"
         ) from error
+    found = client.Configuration.get_default_copy()
+    # The library asks four times what is not answered in time: longer than a claim lasts.
+    found.retries = False
+    client.Configuration.set_default(found)
 
 
 class _Gone(ApiError):

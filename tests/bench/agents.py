@@ -49,7 +49,7 @@ def measure(
     asked = len(plane.audit())
 
     began = time.monotonic()
-    plane.apply(json.dumps(manifests(checkpoints, pods)), timeout=600)
+    plane.apply(manifests(checkpoints, pods), timeout=600)
     every = ("wait", "--for=jsonpath={.status.phase}=Checkpointed", "checkpoint", "--all")
     plane.kubectl(*every, "--timeout=1500s", timeout=1600)
     seconds = time.monotonic() - began
@@ -69,8 +69,8 @@ def measure(
     }
 
 
-def manifests(checkpoints: int, pods: int) -> dict[str, Any]:
-    items = [
+def manifests(checkpoints: int, pods: int) -> str:
+    every = [
         {
             "apiVersion": "kaito.sh/v1alpha1",
             "kind": "Checkpoint",
@@ -79,7 +79,7 @@ def manifests(checkpoints: int, pods: int) -> dict[str, Any]:
         }
         for number in range(checkpoints)
     ]
-    return {"apiVersion": "v1", "kind": "List", "items": items}
+    return "\n---\n".join(map(json.dumps, every))
 
 
 def call(event: dict[str, Any]) -> str:
