@@ -109,7 +109,7 @@ def test_pods(config, server):
         ("DELETE", path, "", {"preconditions": {"uid": "u1"}}),
     ]
     for status, reason in ((409, "Conflict"), (404, "NotFound")):
-        server.answer = (status, {"reason": reason})
+        server.answer = (status, {"reason": reason, "details": {"name": "one"}})
         pods.delete(ONE)
     assert pods.get("ns", "one") is None
     server.answer = (403, {"message": "not yours"})
@@ -118,7 +118,7 @@ def test_pods(config, server):
 
 
 def test_gone_and_overtaken(api, server):
-    server.answer = (404, {"reason": "NotFound"})
+    server.answer = (404, {"reason": "NotFound", "details": {"name": "one"}})
     assert api.get("ns", "one") is None
     assert api.put_status(ONE) is None
     api.delete(ONE)
@@ -137,6 +137,14 @@ def test_errors_are_told(api, server):
     )
     with pytest.raises(ApiError, match="410"):
         api.wait("1", 3)
+
+
+@pytest.mark.parametrize("told", ["404 page not found", {"reason": "NotFound", "details": {}}])
+def test_a_server_that_does_not_serve_the_kind_yet_is_no_sign_that_one_is_gone(api, server, told):
+    server.answer = (404, told)
+    for ask in (lambda: api.get("ns", "one"), lambda: api.put_status(ONE)):
+        with pytest.raises(ApiError, match="404"):
+            ask()
 
 
 def test_what_is_not_answered_is_asked_once(api, server, monkeypatch):
