@@ -177,7 +177,7 @@ class PodsApi:
 
 
 def _configure(kubeconfig: str | None) -> None:
-    from kubernetes import config
+    from kubernetes import client, config
 
     try:
         if kubeconfig:
@@ -189,6 +189,10 @@ def _configure(kubeconfig: str | None) -> None:
             f"no way to the API server: {error}. In a pod a service account is needed, "
             "elsewhere --kubeconfig"
         ) from error
+    found = client.Configuration.get_default_copy()
+    # The library asks four times what is not answered in time: longer than a claim lasts.
+    found.retries = False
+    client.Configuration.set_default(found)
 
 
 class _Gone(ApiError):
@@ -203,6 +207,16 @@ def _or_gone(call: Callable[[], Any]) -> Object | None:
     return found
 
 
+def _of_one(body: Any) -> bool:
+    """Whether a 404 is of the object asked for. A server that has just started, or does not serve
+    the kind, says 404 too; taken for the other, it would cost the files of a Checkpoint."""
+    try:
+        told = json.loads(body)
+        return bool(told["reason"] == "NotFound" and told["details"]["name"])
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
 def _asked(call: Callable[[], Any]) -> Any:
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
@@ -211,7 +225,7 @@ def _asked(call: Callable[[], Any]) -> Any:
         return call()
     except ApiException as error:
         told = f"the API server answered {error.status} {error.reason}: {error.body or ''}".strip()
-        if error.status == 404:
+        if error.status == 404 and _of_one(error.body):
             raise _Gone(told) from error
         raise (Conflict if error.status == 409 else ApiError)(told) from error
     except (HTTPError, OSError, ValueError) as error:  # ValueError: an answer cut off

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from shim.agent.api import Api, ApiError, Conflict, PodsApi
+from shim.agent.api import Api, ApiError, Conflict, PodsApi, Unanswered
 
 ONE = {"metadata": {"namespace": "ns", "name": "one", "uid": "u1", "resourceVersion": "5"}}
 ALL = "/apis/kaito.sh/v1alpha1/checkpoints"
@@ -22,6 +22,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(size)) if size else None
         path, _, query = self.path.partition("?")
         self.server.asked.append((self.command, path, query, body))
+        self.server.answers.wait()
         status, answer = self.server.answer
         data = json.dumps(answer).encode() + b"\n"
         self.send_response(status)
@@ -40,8 +41,11 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
         one.asked, one.answer = [], (200, ONE)
+        one.answers = threading.Event()
+        one.answers.set()
         threading.Thread(target=one.serve_forever, args=(0.01,), daemon=True).start()
         yield one
+        one.answers.set()
         one.shutdown()
 
 
@@ -105,7 +109,7 @@ def test_pods(config, server):
         ("DELETE", path, "", {"preconditions": {"uid": "u1"}}),
     ]
     for status, reason in ((409, "Conflict"), (404, "NotFound")):
-        server.answer = (status, {"reason": reason})
+        server.answer = (status, {"reason": reason, "details": {"name": "one"}})
         pods.delete(ONE)
     assert pods.get("ns", "one") is None
     server.answer = (403, {"message": "not yours"})
@@ -114,7 +118,7 @@ def test_pods(config, server):
 
 
 def test_gone_and_overtaken(api, server):
-    server.answer = (404, {"reason": "NotFound"})
+    server.answer = (404, {"reason": "NotFound", "details": {"name": "one"}})
     assert api.get("ns", "one") is None
     assert api.put_status(ONE) is None
     api.delete(ONE)
@@ -133,6 +137,24 @@ def test_errors_are_told(api, server):
     )
     with pytest.raises(ApiError, match="410"):
         api.wait("1", 3)
+
+
+@pytest.mark.parametrize("told", ["404 page not found", {"reason": "NotFound", "details": {}}])
+def test_a_server_that_does_not_serve_the_kind_yet_is_no_sign_that_one_is_gone(api, server, told):
+    server.answer = (404, told)
+    for ask in (lambda: api.get("ns", "one"), lambda: api.put_status(ONE)):
+        with pytest.raises(ApiError, match="404"):
+            ask()
+
+
+def test_what_is_not_answered_is_asked_once(api, server, monkeypatch):
+    """A claim has to be renewed before it has run out."""
+    monkeypatch.setattr("shim.agent.api._CALL_SECONDS", 0.2)
+    server.answers.clear()
+    for ask in (api.list, lambda: api.get("ns", "one"), lambda: api.put_status(ONE)):
+        with pytest.raises(Unanswered):
+            ask()
+    assert len(server.asked) == 3
 
 
 def test_without_any_server(tmp_path):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.weight import SLEEP, proportional
+from tests.bench.weight import proportional
 from tests.e2e.kube.control_plane import ControlPlane
 from tests.e2e.kube.workers import CLAIM, Worker, two
 from tests.e2e.pods.kubelet import NAMESPACE
@@ -21,6 +21,9 @@ from tests.e2e.pods.kubelet import NAMESPACE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.nodes.node import Snapshot
+
+SLEEP = ("sleep", "1000000")
 Left = dict[str, list[str]]
 
 
@@ -45,11 +48,11 @@ def measure(
     for number in range(pods):
         workers[number % 2].kubelet.pod(f"pod-{number}", {"main": SLEEP}).run()
     start = [held(worker) for worker in workers]
-    before = [worker.node.leaks() for worker in workers]
+    before = [(worker.node.leaks(), leases(worker)) for worker in workers]
     asked = len(plane.audit())
 
     began = time.monotonic()
-    plane.apply(json.dumps(manifests(checkpoints, pods)), timeout=600)
+    plane.apply(manifests(checkpoints, pods), timeout=600)
     every = ("wait", "--for=jsonpath={.status.phase}=Checkpointed", "checkpoint", "--all")
     plane.kubectl(*every, "--timeout=1500s", timeout=1600)
     seconds = time.monotonic() - began
@@ -69,8 +72,8 @@ def measure(
     }
 
 
-def manifests(checkpoints: int, pods: int) -> dict[str, Any]:
-    items = [
+def manifests(checkpoints: int, pods: int) -> str:
+    every = [
         {
             "apiVersion": "kaito.sh/v1alpha1",
             "kind": "Checkpoint",
@@ -79,7 +82,7 @@ def manifests(checkpoints: int, pods: int) -> dict[str, Any]:
         }
         for number in range(checkpoints)
     ]
-    return {"apiVersion": "v1", "kind": "List", "items": items}
+    return "\n---\n".join(map(json.dumps, every))
 
 
 def call(event: dict[str, Any]) -> str:
@@ -99,17 +102,21 @@ def held(worker: Worker) -> dict[str, int]:
     }
 
 
-def left(worker: Worker, before: Any) -> Left:
+def leases(worker: Worker) -> set[str]:
+    """containerd's; of 2.x, CRI has one for each pod."""
+    return set(worker.node.ctr("-n", NAMESPACE, "leases", "ls", "-q").stdout.split())
+
+
+def left(worker: Worker, before: tuple[Snapshot, set[str]]) -> Left:
     """What is there that was not, and tasks that do not run."""
     node = worker.node
-    now = node.leaks() - before
+    now = node.leaks() - before[0]
     tasks = node.ctr("-n", NAMESPACE, "task", "ls").stdout.splitlines()[1:]
-    leases = node.ctr("-n", NAMESPACE, "leases", "ls", "-q").stdout.split()
     snapshots = node.ctr("-n", NAMESPACE, "snapshots", "ls").stdout.splitlines()
     return {
         **{kind: sorted(entries) for kind, entries in vars(now).items()},
         "tasks": [line for line in tasks if line.split()[2] != "RUNNING"],
-        "leases": leases,
+        "leases": sorted(leases(worker) - before[1]),
         "snapshots": [line for line in snapshots if line.startswith("gritctl-")],
     }
 

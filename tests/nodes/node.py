@@ -31,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from tests.nodes import cache, roots
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
 SOCKET = "/run/containerd/containerd.sock"
@@ -319,6 +319,18 @@ class Node:
         self._containerd.send_signal(signal.SIGCONT)
         self._containerd.wait(30)
         self._containerd = None
+
+    @contextlib.contextmanager
+    def hung_containerd(self) -> Iterator[None]:
+        """Meanwhile containerd answers nobody (SIGSTOP)."""
+        assert self._containerd
+        (pid,) = self.pids("containerd")
+        self.run(["kill", "-STOP", str(pid)])
+        try:
+            yield
+        finally:
+            self.run(["kill", "-CONT", str(pid)])
+            self._containerd.send_signal(signal.SIGCONT)  # nsenter has stopped itself, too
 
     def ctr(self, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`ctr ...`; options are those of `run`."""

@@ -37,7 +37,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             pod = json.loads(path.read_text())
         except FileNotFoundError:
-            self._answer(404, {"kind": "Status", "reason": "NotFound", "code": 404})
+            gone = {"kind": "Status", "reason": "NotFound", "code": 404}
+            self._answer(404, {**gone, "details": {"name": name}})
             return
         if self.command == "DELETE":
             if json.loads(body)["preconditions"]["uid"] != pod["metadata"]["uid"]:
