@@ -125,9 +125,8 @@ class Soak:
             while (not rounds or self.rounds < rounds) and (
                 not seconds or time.monotonic() - self.began < seconds
             ):
-                wanted = [
-                    self._draw(box) for box in self.chance.sample(sorted(self.boxes), _ABREAST)
-                ]
+                chosen = self.chance.sample(sorted(self.boxes), min(_ABREAST, len(self.boxes)))
+                wanted = [self._draw(name) for name in chosen]
                 list(pool.map(lambda one: self._round(*one), wanted))
                 self.rounds += len(wanted)
                 self._look()
