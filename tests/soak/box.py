@@ -64,7 +64,13 @@ class Box:
 
     def start(self) -> None:
         """Anew, from the image. Raises ContainerdError or AssertionError."""
-        self.containerd.call(SNAPSHOTS, "Prepare", self._snapshot, m.Mounts)
+        kept = m.SnapshotRef(
+            snapshotter=_SNAPSHOTTER,
+            key=self.name,
+            parent=self._snapshot.parent,
+            labels={"containerd.io/gc.root": "now"},  # also while it has no container
+        )
+        self.containerd.call(SNAPSHOTS, "Prepare", kept, m.Mounts)
         self._create({})
         self._read, self._last = 0, {}
         self.run()
