@@ -19,15 +19,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shim.gritctl import messages as m
-from shim.gritctl.containerd import CONTAINERS, SNAPSHOTS, Containerd
 from tests.e2e import gpu
 from tests.e2e.conftest import running
 from tests.e2e.gpu import Job, configure, until
-from tests.nodes.node import SOCKET
 from tests.soak import watch
 from tests.soak.acts import ACTS, KEEPING_THE_SHIM, PLACE
-from tests.soak.box import Box, clear
+from tests.soak.box import SMALL, Box, clear, connect, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,8 +42,6 @@ _WORDS = {
 }
 """The containers: `steady` keeps its shim through all rounds, so that one is seen to grow; `plugin`
 has its device memory copied by CRIU's plugin; `cpu` has no GPU."""
-
-_SIZES = ("--bytes", str(256 << 10), "--cpu-bytes", str(256 << 10), "--tick-ms", "20")
 
 
 def main() -> int:
@@ -81,21 +76,14 @@ def _place(name: str) -> Iterator[tuple[Node, list[Box]]]:
     env = gpu.ENVIRONMENT_OF_GRIT
     with running(name, binds=gpu.kit_binds(), env=env) as node:
         board = gpu.gpu_of(node, capacity=16 << 20)
-        with Containerd(str(node.path(SOCKET)), "default") as containerd:
+        with connect(node) as containerd:
             boxes = []
             for box, words in _WORDS.items():
                 configure(node, engine="plugin" if box == "plugin" else "driver")
                 config = f"/etc/containerd/soak-{box}.toml"
                 node.path(config).write_text(node.path(gpu.CONFIG).read_text())
-                job = Job(node, board, box, *words, *_SIZES, runtime=gpu.GRIT)
-                job.run()
-                found = containerd.call(CONTAINERS, "Get", m.Id(id=box), m.OneContainer).container
-                key = m.SnapshotRef(snapshotter="overlayfs", key=box)
-                info = containerd.call(SNAPSHOTS, "Stat", key, m.OneSnapshot).info
-                assert found and found.spec and info
-                spec = json.loads(found.spec.value)
-                job.end()
-                boxes.append(Box(node, containerd, box, spec, info.parent, config))
+                job = Job(node, board, box, *words, *SMALL, runtime=gpu.GRIT)
+                boxes.append(Box(node, containerd, box, *pattern(job, containerd), config))
             yield node, boxes
 
 

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from shim import messages
 from shim.gritctl import messages as m
-from shim.gritctl.containerd import CONTAINERS, SNAPSHOTS, TASKS, ContainerdError
+from shim.gritctl.containerd import CONTAINERS, SNAPSHOTS, TASKS, Containerd, ContainerdError
 from shim.restore import ANNOTATION
 from tests.e2e.gpu import GRIT, IMAGE, STATUS, until
+from tests.nodes.node import SOCKET
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shim.gritctl.containerd import Call, Containerd
+    from shim.gritctl.containerd import Call
+    from tests.e2e.gpu import Job
     from tests.nodes.node import Node
 
 _SPEC = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
@@ -27,6 +29,10 @@ _SNAPSHOTTER = "overlayfs"
 _TOKENS = ("cpu", "file", "device")
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
 GROUPS = "/run/containerd/grit"
+
+
+SMALL = ("--bytes", str(256 << 10), "--cpu-bytes", str(256 << 10), "--tick-ms", "20")
+"""A workload that is cheap to checkpoint and to check."""
 
 
 class Wrong(Exception):
@@ -58,7 +64,8 @@ class Box:
         self._last: dict[str, Any] = {}
         self._stdin = f"/run/soak/{name}"
         node.path(self._stdin).parent.mkdir(exist_ok=True)
-        os.mkfifo(node.path(self._stdin), 0o600)
+        if not node.path(self._stdin).exists():
+            os.mkfifo(node.path(self._stdin), 0o600)
 
     # --- life -----------------------------------------------------------------------------
 
@@ -148,6 +155,12 @@ class Box:
         )
         return self.containerd.begin(TASKS, "Checkpoint", request, m.Nothing)
 
+    def pid(self) -> int:
+        """Of its first process, on the host."""
+        task = self.containerd.task(self.name)
+        assert task, f"no task {self.name}"
+        return self.node.host_pid(task.pid)
+
     def status(self) -> int:
         task = self.containerd.task(self.name)
         return task.status if task else 0
@@ -225,8 +238,27 @@ class Box:
         self._last = line
         self.lines += 1
 
+    def rootfs(self) -> Path:
+        return self.node.path(f"{BUNDLES}/{self.name}/rootfs")
+
     def _reports(self) -> Path:
-        return self.node.path(f"{BUNDLES}/{self.name}/rootfs{STATUS}")
+        return self.rootfs() / STATUS.lstrip("/")
+
+
+def connect(node: Node) -> Containerd:
+    return Containerd(str(node.path(SOCKET)), "default")
+
+
+def pattern(job: Job, containerd: Containerd) -> tuple[dict[str, Any], str]:
+    """The specification and the image's snapshot that `ctr run` makes such a job of."""
+    job.run()
+    ours = m.Id(id=job.name)
+    found = containerd.call(CONTAINERS, "Get", ours, m.OneContainer).container
+    key = m.SnapshotRef(snapshotter=_SNAPSHOTTER, key=job.name)
+    info = containerd.call(SNAPSHOTS, "Stat", key, m.OneSnapshot).info
+    assert found and found.spec and info
+    job.end()
+    return json.loads(found.spec.value), info.parent
 
 
 def clear(node: Node, directory: str) -> None:
