@@ -100,13 +100,16 @@ class Cell:
         until("the end of all processes", lambda: not self._workloads())
         assert self.board.owners() == {}
         until("the end of helpers and CRIU", lambda: not self._busy())
-        self._only(IMAGES, whole)
+        self._none_half(IMAGES, whole)
         self.box.remove()
         until("removal", lambda: not self.box.status())
         self.box.start()
         self.box.check()
+        if not whole:  # what a daemon that was killed has begun is in nobody's way
+            self.box.begin_checkpoint(IMAGES).result()
+            self._only(IMAGES, True)
         self.next_works()
-        return "dead, told"
+        return "dead, told" + (", whole" if whole else "")
 
     def restorable(self, told: str) -> str:
         """The restore failed, nothing of it runs, and another one works."""
@@ -115,10 +118,10 @@ class Cell:
         assert self.board.owners() == {}
         until("the end of helpers and CRIU", lambda: not self._busy())
         self._only(IMAGES, True)
+        self.box.back_to(self.saved)
         # A task whose shim was killed is gone, or about to.
         self._told(self.box.delete_task)
         until("removal", lambda: not self.box.status())
-        self.box.back_to(self.saved)
         self.box.run()
         self.box.check()
         self.next_works()
@@ -151,9 +154,14 @@ class Cell:
         return [pid for pid, words in self.node.processes().items() if simgpu.WORKLOAD in words]
 
     def _only(self, images: str, whole: bool) -> None:
+        self._none_half(images, whole)
         place = self.node.path(images)
         beside = {one.name for one in place.parent.iterdir()} - {place.name, "next"}
         assert not beside, "left beside the checkpoint"
+
+    def _none_half(self, images: str, whole: bool) -> None:
+        """What has the final name verifies, or nothing has it."""
+        place = self.node.path(images)
         if whole:
             assert not checkpoint_dir.verify(str(place), checkpoint_dir.load(str(place)))
         else:

@@ -164,6 +164,7 @@ class Soak:
             self.mismatches.append(f"{what}: {error!r}")
             print(f"MISMATCH {self.mismatches[-1]}", flush=True)
             traceback.print_exc(file=sys.stdout)
+            print("\n".join(self.node.containerd_log().splitlines()[-60:]), flush=True)
             return False
         return True
 

@@ -106,8 +106,8 @@ def break_restore(victim: str) -> Act:
             if not struck:
                 raise
             _must_tell(error)
-            box.delete_task()
             box.back_to(saved)
+            box.delete_task()
             box.run()
         return _outcome(struck, failed)
 
@@ -159,7 +159,8 @@ def _must_have(box: Box, images: str, whole: bool) -> None:
 
 def _must_tell(error: ContainerdError) -> None:
     if not any(
-        word in str(error) for word in ("killed", "signal", "crashed", "criu", "exit status -9")
+        word in str(error)
+        for word in ("killed", "signal", "crashed", "criu", "exit status -9", "readlink /proc/")
     ):
         raise Wrong(f"a call whose helper or CRIU was killed is told: {error}")
 

@@ -118,6 +118,7 @@ class Box:
         try:
             begun.result()
         except ContainerdError:
+            self._look()
             self.containerd.do(TASKS, "Delete", self._ref)
             raise
 
@@ -197,7 +198,8 @@ class Box:
     def check(self) -> None:
         """Waits until the workload has gone on, and looks at every line it has written since the
         last time: each tick counted once, each token as it was. Raises Wrong."""
-        begun = self._last.get("counter", -1)
+        self._look()
+        begun = self._counter()
         # The line under way when this was called may be from before.
         until(f"reports of {self.name}", lambda: self._look() and self._counter() >= begun + 2)
 
