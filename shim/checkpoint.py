@@ -63,6 +63,13 @@ CRIU_CONFIG = "grit-criu-dump.conf"
 
 _FREEZE_SECONDS = 10.0
 
+_LOST = (
+    "the container has ended: CRIU was killed while it had code of its own in a process, which "
+    "did not outlive it"
+)
+_LOSS_SECONDS = 0.5
+"""A process that runs what CRIU has left in it ends at once."""
+
 _ROUNDS = 3
 """How often a process that takes up CUDA between suspend and freeze makes us begin again."""
 
@@ -124,7 +131,7 @@ def checkpoint(
                 ) from failure
             draft.withdraw()
             # A client that paused it has its Resume still to come.
-            left = "the container stays paused" if was_paused else _undo(container)
+            left = "the container stays paused" if was_paused else _undo(container, failure)
             raise CheckpointError(f"{failure}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
@@ -430,14 +437,21 @@ def _since(began: float) -> float:
     return round(time.monotonic() - began, 6)
 
 
-def _undo(container: Container) -> str:
+def _undo(container: Container, failure: Exception) -> str:
     """Resumes a container that only this Checkpoint had paused; says how that went."""
     had_gpu = container.suspension is not None
+    cause = failure.__cause__
+    lost = isinstance(cause, CriuError) and cause.died
     try:
         resume(container)
+        left = "the container runs on" + (" with its GPU" if had_gpu else "")
     except Exception as error:
-        return f"the container could not be resumed: {error}"
-    return "the container runs on" + (" with its GPU" if had_gpu else "")
+        left = f"the container could not be resumed: {error}"
+    if lost and container.ends_within(_LOSS_SECONDS):
+        # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
+        freezer.put_back(container.freezer(), freezer.THAWED, _FREEZE_SECONDS)
+        left = _LOST
+    return left
 
 
 def _explained(container: Container, error: CriuError, copied: list[Process]) -> str:

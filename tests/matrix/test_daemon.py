@@ -66,6 +66,7 @@ def test_daemon_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
     client = cell.checkpoint()
     held.reached()
     strike(cell, signal.SIGKILL)
+    held.remove()
     came = cell.dead(client.result(60), whole=phase in AFTER)
     cell.came("daemon killed", "checkpoint", phase, came)
 
@@ -77,6 +78,7 @@ def test_daemon_killed_in_a_restore(cell: Cell, phase: str) -> None:
     client = cell.restore()
     pid = held.reached()
     os.kill(cell.node.host_pid(pid), signal.SIGKILL)
+    held.remove()
     cell.came("daemon killed", "restore", phase, cell.restorable(client.result(60)))
 
 

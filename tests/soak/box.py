@@ -62,6 +62,7 @@ class Box:
         self._ref = m.TaskRef(container_id=name)
         self._read = 0  # bytes of the workload's reports
         self._last: dict[str, Any] = {}
+        self._again: dict[str, Any] = {}
         self._stdin = f"/run/soak/{name}"
         node.path(self._stdin).parent.mkdir(exist_ok=True)
         if not node.path(self._stdin).exists():
@@ -79,7 +80,7 @@ class Box:
         )
         self.containerd.call(SNAPSHOTS, "Prepare", kept, m.Mounts)
         self._create({})
-        self._read, self._last = 0, {}
+        self._read, self._last, self._again = 0, {}, {}
         self.run()
 
     def end(self) -> None:
@@ -90,12 +91,12 @@ class Box:
         self.containerd.do(SNAPSHOTS, "Remove", self._snapshot)
 
     def remove(self) -> None:
-        """The same, whatever state it is in."""
-        for act in (self.kill, lambda: self.containerd.do(TASKS, "Delete", self._ref)):
-            try:
-                act()
-            except ContainerdError:
-                pass
+        """The same, whatever state it is in. Raises AssertionError if there is no end of it."""
+        try:
+            self.kill()
+        except ContainerdError:
+            pass  # there is none, or it has ended
+        until("the task's removal", self._delete)
         for service, method, request in (
             (CONTAINERS, "Delete", m.Id(id=self.name)),
             (SNAPSHOTS, "Remove", self._snapshot),
@@ -104,6 +105,13 @@ class Box:
                 self.containerd.do(service, method, request)
             except ContainerdError:
                 pass
+
+    def _delete(self) -> bool:
+        try:
+            self.containerd.do(TASKS, "Delete", self._ref)
+        except ContainerdError as error:
+            return error.code == "NOT_FOUND"
+        return True
 
     def restore_from(self, images: str) -> None:
         """Names the checkpoint to a new container in the place of the old one, which must have
@@ -118,7 +126,6 @@ class Box:
         try:
             begun.result()
         except ContainerdError:
-            self._look()
             self.containerd.do(TASKS, "Delete", self._ref)
             raise
 
@@ -199,9 +206,9 @@ class Box:
         """Waits until the workload has gone on, and looks at every line it has written since the
         last time: each tick counted once, each token as it was. Raises Wrong."""
         self._look()
-        begun = self._counter()
         # The line under way when this was called may be from before.
-        until(f"reports of {self.name}", lambda: self._look() and self._counter() >= begun + 2)
+        begun = self.lines
+        until(f"reports of {self.name}", lambda: self._look() and self.lines >= begun + 2)
 
     def last(self) -> dict[str, Any]:
         """The last that the workload has said."""
@@ -209,12 +216,9 @@ class Box:
         return self._last
 
     def back_to(self, saved: dict[str, Any]) -> None:
-        """It is to go on from there once more. What it has said since then counts all the same."""
-        self._look()
-        self._last = saved
-
-    def _counter(self) -> int:
-        return int(self._last.get("counter", -1))
+        """It is to go on from there once more. What it has said since then counts all the same, and
+        may be read only when it has been restored."""
+        self._again = saved
 
     def _look(self) -> bool:
         try:
@@ -231,6 +235,8 @@ class Box:
 
     def _compare(self, line: dict[str, Any]) -> None:
         last = self._last or {**line, "counter": -1}
+        if self._again and line["counter"] == self._again["counter"] + 1 <= last["counter"]:
+            last, self._again = self._again, {}
         if not line["ok"]:
             raise Wrong(f"{self.name}: the workload found a token changed: {line}")
         if line["counter"] != last["counter"] + 1:
