@@ -57,17 +57,24 @@ class Cell:
         """A checkpoint under way: "" or what its client is told."""
         return self._pool.submit(self._told, lambda: self.box.begin_checkpoint(images).result())
 
-    def end_by_checkpoint(self) -> None:
+    def end_by_checkpoint(self, images: str = IMAGES) -> None:
         """A good one with --exit; the container is then ready to be restored from it."""
         ended = self.box.begin_wait()
-        self.box.begin_checkpoint(IMAGES, end=True).result()
+        self.box.begin_checkpoint(images, end=True).result()
         ended.result()
         self.saved = self.box.last()
-        self.box.restore_from(IMAGES)
+        self.box.restore_from(images)
 
     def restore(self) -> concurrent.futures.Future[str]:
         """A restore under way, after `end_by_checkpoint`."""
         return self._pool.submit(self._told, self.box.run)
+
+    def restart(self) -> None:
+        """Under what grit.toml says now."""
+        self.box.end()
+        self.box.start()
+        self.box.check()
+        self.daemon = self.box.shims()["outer"]
 
     def reconnect(self) -> None:
         """To a containerd that was started anew."""
@@ -111,13 +118,13 @@ class Cell:
         self.next_works()
         return "dead, told" + (", whole" if whole else "")
 
-    def restorable(self, told: str) -> str:
+    def restorable(self, told: str, images: str = IMAGES) -> str:
         """The restore failed, nothing of it runs, and another one works."""
         assert told, "the client was told that all went well"
         until("the end of all processes", lambda: not self._workloads())
         assert self.board.owners() == {}
         until("the end of helpers and CRIU", lambda: not self._busy())
-        self._only(IMAGES, True)
+        self._only(images, True)
         self.box.back_to(self.saved)
         # A task whose shim was killed is gone, or about to.
         self._told(self.box.delete_task)
