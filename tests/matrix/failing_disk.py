@@ -52,7 +52,7 @@ class Disk:
 def mounted(node: Node, where: str) -> Iterator[Disk]:
     """The disk at `where` in the node, which is made and taken away."""
     for directory in (where, _BACKING):
-        node.path(directory).mkdir()
+        node.path(directory).mkdir(exist_ok=True)
     device = node.path("/dev/fuse")
     if not device.exists():
         os.mknod(device, 0o600 | 0o020000, os.makedev(10, 229))

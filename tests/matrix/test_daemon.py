@@ -132,3 +132,26 @@ def _given_up(client: Direct) -> str:
     except (ConnectionClosed, StatusError, OSError) as error:
         return repr(error)
     return ""
+
+
+@pytest.mark.parametrize("phase", failpoint.RESTORE)
+def test_containerd_killed_in_a_restore(cell: Cell, phase: str) -> None:
+    """A container that has been restored goes on; of one that has not, the new containerd ends the
+    shim."""
+    cell.end_by_checkpoint()
+    held = cell.held(phase)
+    client = cell.restore()
+    held.reached()
+    cell.node.kill_containerd()
+    told = client.result(60)
+    cell.node.start_containerd(env=ENVIRONMENT_OF_GRIT)
+    cell.reconnect()
+    if phase not in ("restore-gpu", "restored"):
+        held.remove()
+        came = cell.restorable(told)
+    else:
+        held.go_on()
+        cell.box.check()
+        cell.next_works()
+        came = "restored all the same"
+    cell.came("containerd killed", "restore", phase, came)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,36 +13,64 @@ import pytest
 from tests.e2e.faults import (
     criu_halted,
     criu_restoring,
-    criu_with_all_written,
     helper_calling,
 )
 from tests.e2e.gpu import configure, until
-from tests.matrix.cell import IMAGES
 
 if TYPE_CHECKING:
     from tests.matrix.cell import Cell
 
+MEMORY = Path("/sys/fs/cgroup/memory")
+MEMORY_GROUP = MEMORY / "grit-matrix"
 SLOW = "speed=200000"  # bytes/s: more than a second for the workload's 256 KiB
 HANGS = {"lock": "lock=hang", "copy": "checkpoint=hang", "give-back": "restore=hang"}
 WAITS = {"lock": "lock=never", "copy": SLOW, "give-back": SLOW}
 
 
-@pytest.mark.parametrize("phase", ["dump", "publish"])
+@pytest.mark.parametrize("phase", ["dump", "publish", "let-go"])
 @pytest.mark.parametrize("fault", ["killed", "stopped"])
 def test_criu_in_a_checkpoint(cell: Cell, phase: str, fault: str) -> None:
-    """Halted when it has the processes in its hands, and when all is written."""
+    """When it has the processes in its hands, and when it waits for the shim with all written."""
     configure(cell.node, dump_timeout=5)
     cell.restart()
-    client = cell.checkpoint()
-    job: Any = cell.box
-    criu = criu_halted(job) if phase == "dump" else criu_with_all_written(job, IMAGES)
-    if fault == "killed":
-        os.kill(criu, signal.SIGKILL)
+    signal_ = signal.SIGKILL if fault == "killed" else signal.SIGSTOP
+    if phase == "dump":
+        client = cell.checkpoint()
+        job: Any = cell.box
+        os.kill(criu_halted(job), signal_)
+    else:
+        held = cell.held(phase)
+        client = cell.checkpoint()
+        held.reached()
+        for pid in cell.node.pids("criu"):
+            os.kill(cell.node.host_pid(pid), signal_)
+        held.go_on()
     told = client.result(60)
     assert ("killed by signal 9" if fault == "killed" else "the deadline of 5") in told
     configure(cell.node)
     came = cell.dead(told) if "the container has ended" in told else cell.alive(whole=False)
     cell.came(f"CRIU {fault}", "checkpoint", phase, came)
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="this host has no v1 memory controller")
+def test_criu_out_of_memory_in_a_checkpoint(cell: Cell) -> None:
+    """The kernel takes it at the limit of its control group."""
+    job: Any = cell.box
+    client = cell.checkpoint()
+    criu = criu_halted(job)
+    MEMORY_GROUP.mkdir(exist_ok=True)
+    try:
+        (MEMORY_GROUP / "memory.limit_in_bytes").write_text("65536")
+        (MEMORY_GROUP / "cgroup.procs").write_text(str(criu))
+        os.kill(criu, signal.SIGCONT)
+        told = client.result(60)
+        assert "oom_kill 0" not in (MEMORY_GROUP / "memory.oom_control").read_text()
+    finally:
+        until("the end of CRIU", lambda: not (MEMORY_GROUP / "cgroup.procs").read_text())
+        MEMORY_GROUP.rmdir()
+    assert "killed by signal 9" in told
+    came = cell.dead(told) if "the container has ended" in told else cell.alive(whole=False)
+    cell.came("CRIU at its memory limit", "checkpoint", "dump", came)
 
 
 @pytest.mark.parametrize("fault", ["killed", "stopped"])
