@@ -131,7 +131,7 @@ def checkpoint(
                 ) from failure
             draft.withdraw()
             # A client that paused it has its Resume still to come.
-            left = "the container stays paused" if was_paused else _undo(container, failure)
+            left = _left_paused(container, failure) if was_paused else _undo(container, failure)
             raise CheckpointError(f"{failure}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
@@ -165,9 +165,13 @@ def resume(container: Container) -> None:
         lane.refill(container)
         container.kept.discard()
         container.kept = None
+    ended = bool(container.freezer()) and container.has_ended()
+    if ended:
+        # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
+        freezer.put_back(container.freezer(), freezer.THAWED, _FREEZE_SECONDS)
     if container.suspension is None or paused:
         began = time.monotonic()
-        if paused and container.freezer() and not container.has_ended():
+        if paused and container.freezer() and not ended:
             # A CRIU that was killed leaves it thawed. The inner shim does not look, and runc
             # resumes nothing that runs.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
@@ -440,18 +444,24 @@ def _since(began: float) -> float:
 def _undo(container: Container, failure: Exception) -> str:
     """Resumes a container that only this Checkpoint had paused; says how that went."""
     had_gpu = container.suspension is not None
-    cause = failure.__cause__
-    lost = isinstance(cause, CriuError) and cause.died
     try:
         resume(container)
         left = "the container runs on" + (" with its GPU" if had_gpu else "")
     except Exception as error:
         left = f"the container could not be resumed: {error}"
-    if lost and container.ends_within(_LOSS_SECONDS):
-        # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
+    if _lost_criu(failure) and container.ends_within(_LOSS_SECONDS):
         freezer.put_back(container.freezer(), freezer.THAWED, _FREEZE_SECONDS)
         left = _LOST
     return left
+
+
+def _left_paused(container: Container, failure: Exception) -> str:
+    ended = _lost_criu(failure) and container.has_ended()
+    return _LOST if ended else "the container stays paused"
+
+
+def _lost_criu(failure: Exception) -> bool:
+    return isinstance(failure.__cause__, CriuError) and failure.__cause__.died
 
 
 def _explained(container: Container, error: CriuError, copied: list[Process]) -> str:

@@ -85,6 +85,23 @@ def test_stopped(gpu_node: Place, start_job: StartJob, images: str) -> None:
 
 
 @pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+def test_killed_with_the_workload(gpu_node: Place, start_job: StartJob, images: str) -> None:
+    """A process that had CRIU's code in it may end with CRIU. The client is told so, and the
+    control group is thawed: runc removes nothing that is frozen."""
+    node, _ = gpu_node
+    configure(node)
+    job, _ = start(start_job, node)
+    init = job.pid()
+    client = checkpointing(job, images)
+    criu = criu_halted(job)
+    os.kill(init, signal.SIGKILL)
+    os.kill(criu, signal.SIGKILL)
+    assert "the container has ended: CRIU was killed while it had code" in told(client)
+    job.end()
+    assert not job.status()
+
+
+@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
 @pytest.mark.parametrize(
     ("sig", "why"),
     [(signal.SIGKILL, "CRIU was killed or crashed"), (signal.SIGSTOP, "not done within the 2 s")],
