@@ -4,6 +4,7 @@ is written to fuzz-findings/; says how many inputs were run, and ends with 1 if 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import SCRATCH, TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -35,7 +36,7 @@ def main() -> int:
 
 def fuzz(name: str, seconds: int, findings: Path) -> tuple[int, int, int]:
     """Inputs run, seconds taken, findings written."""
-    with tempfile.TemporaryDirectory(prefix="grit-fuzz-") as work:
+    with tempfile.TemporaryDirectory(prefix="grit-fuzz-", dir="/dev/shm") as work:
         corpus = Path(work, "corpus")
         shutil.copytree(CORPUS / name, corpus)
         before = set(findings.iterdir())
@@ -49,7 +50,8 @@ def fuzz(name: str, seconds: int, findings: Path) -> tuple[int, int, int]:
         argv += [f"-artifact_prefix={findings}/{name}-", "-print_final_stats=1"]
         log = findings / f"{name}.log"
         with open(log, "w") as file:
-            subprocess.run(argv, check=False, stdout=file, stderr=file)
+            env = {**os.environ, SCRATCH: work}
+            subprocess.run(argv, check=False, stdout=file, stderr=file, env=env)
         text = log.read_text(errors="replace")
         found = set(findings.iterdir()) - before - {log}
         if not found:

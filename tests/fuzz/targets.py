@@ -4,8 +4,10 @@ It returns where they were understood, or refused as they should be, and raises 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import os
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Target = Callable[[bytes], None]
+
+
+SCRATCH = "GRIT_FUZZ_SCRATCH"
+"""Names the directory for what is written; the fuzzer ends its process without a farewell."""
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
@@ -132,36 +138,35 @@ def image_files(data: bytes) -> None:
             parse(data)
     with contextlib.suppress(ImageError):
         images.parse_pagemap(data, [(0, 1 << 40)])
-    with _emptied("images") as directory:
-        for name in _IMAGES:
-            size, data = int.from_bytes(data[:2], "little"), data[2:]
-            with open(os.path.join(directory, name), "wb") as file:
-                file.write(data[:size])
-            data = data[size:]
-        with contextlib.suppress(ImageError):
-            json.dumps(contents.read(directory).memory())
-        with contextlib.suppress(ImageError):
-            contents.loopback_connections(directory)
+    directory = _image_directory()
+    for name in _IMAGES:
+        size, data = int.from_bytes(data[:2], "little"), data[2:]
+        with open(os.path.join(directory, name), "wb") as file:
+            file.write(data[:size])
+        data = data[size:]
+    with contextlib.suppress(ImageError):
+        json.dumps(contents.read(directory).memory())
+    with contextlib.suppress(ImageError):
+        contents.loopback_connections(directory)
 
 
-@contextlib.contextmanager
-def _emptied(name: str) -> Iterator[str]:
-    directory = os.path.join(_scratch(), name)
-    os.makedirs(directory, exist_ok=True)
-    yield directory
+@functools.cache
+def _image_directory() -> str:
+    return _scratch("images")
 
 
-def _scratch() -> str:
-    if not hasattr(_scratch, "path"):
-        _scratch.path = tempfile.mkdtemp(prefix="grit-fuzz-", dir="/dev/shm")  # type: ignore[attr-defined]
-    return str(_scratch.path)  # type: ignore[attr-defined]
+def _scratch(name: str) -> str:
+    """A directory of this process's own, which goes with it."""
+    path = tempfile.mkdtemp(prefix=f"grit-fuzz-{name}-", dir=os.environ.get(SCRATCH))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 class _Layers:
     """A thread whose root directory is a scratch directory, as the unpacking process's is."""
 
     def __init__(self) -> None:
-        self._root = tempfile.mkdtemp(prefix="grit-fuzz-root-", dir="/dev/shm")
+        self._root = _scratch("root")
         self._in: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -202,14 +207,14 @@ class _Layers:
                 os.unlink(path)
 
 
-_layers: list[_Layers] = []
+@functools.cache
+def _unpacker() -> _Layers:
+    return _Layers()
 
 
 def layer(data: bytes) -> None:
     """A root file system's diff, unpacked; nothing of it lies outside."""
-    if not _layers:
-        _layers.append(_Layers())
-    _layers[0](data)
+    _unpacker()(data)
 
 
 TARGETS: dict[str, Target] = {
