@@ -35,7 +35,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if outcomes and session.config.getoption("--write-matrix"):
-        table.write(table.tables(outcomes))
+        table.write(table.tables({**table.written(), **outcomes}))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from shim.ttrpc import ConnectionClosed, StatusError
 from tests.e2e.faults import Direct
 from tests.e2e.gpu import ENVIRONMENT_OF_GRIT, until
 from tests.matrix.cell import IMAGES
+from tests.matrix.table import CHECKPOINT
 
 if TYPE_CHECKING:
     from tests.matrix.cell import Cell
@@ -31,7 +32,7 @@ def strike(cell: Cell, sig: signal.Signals) -> None:
     os.kill(cell.node.host_pid(cell.daemon), sig)
 
 
-@pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
+@pytest.mark.parametrize("phase", CHECKPOINT)
 @pytest.mark.parametrize("error", ["raise", "ENOSPC", "EIO"])
 def test_error_in_a_checkpoint(cell: Cell, phase: str, error: str) -> None:
     held = cell.held(phase)
@@ -60,7 +61,7 @@ def test_error_in_a_restore(cell: Cell, phase: str, error: str) -> None:
     cell.came(f"an error ({error})", "restore", phase, came)
 
 
-@pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
+@pytest.mark.parametrize("phase", CHECKPOINT)
 def test_daemon_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
     held = cell.held(phase)
     client = cell.checkpoint()
@@ -82,7 +83,7 @@ def test_daemon_killed_in_a_restore(cell: Cell, phase: str) -> None:
     cell.came("daemon killed", "restore", phase, cell.restorable(client.result(60)))
 
 
-@pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
+@pytest.mark.parametrize("phase", CHECKPOINT)
 def test_daemon_stopped_in_a_checkpoint(cell: Cell, phase: str) -> None:
     """For a while: nobody takes it for dead, and it goes on where it was."""
     held = cell.held(phase)
@@ -97,7 +98,7 @@ def test_daemon_stopped_in_a_checkpoint(cell: Cell, phase: str) -> None:
     cell.came("daemon stopped for a while", "checkpoint", phase, cell.alive(whole=True))
 
 
-@pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
+@pytest.mark.parametrize("phase", CHECKPOINT)
 def test_containerd_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
     """The client's connection ends with it: what is whole stays, what is not is undone."""
     held = cell.held(phase)
@@ -112,7 +113,7 @@ def test_containerd_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
     cell.came("containerd killed", "checkpoint", phase, cell.alive(whole=True))
 
 
-@pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
+@pytest.mark.parametrize("phase", CHECKPOINT)
 def test_connection_dropped_in_a_checkpoint(cell: Cell, phase: str) -> None:
     """A client of the shim's own socket goes away."""
     held = cell.held(phase)
