@@ -8,7 +8,7 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup package table nodes lint test gpu-kit gpu-test demo bench install uninstall proto
+.PHONY: help venv setup package table nodes lint test gpu-kit gpu-test demo bench soak matrix fuzz install uninstall proto
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -68,6 +68,19 @@ demo: nodes  ## a GPU container checkpointed and restored before your eyes
 
 bench: nodes  ## beside the stock shim and runc, some 20 minutes; writes into docs/
 	$(PY) -m tests.bench
+
+matrix: nodes  ## every fault in every phase, some 10 minutes; writes docs/fault-matrix.md
+	$(PY) -m pytest tests/matrix --write-matrix
+
+FUZZ_SECONDS ?= 180
+fuzz: venv  ## what others hand the shim, mutated under coverage: FUZZ_SECONDS=
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+SOAK_ROUNDS ?= 200
+SOAK_SECONDS ?= 0
+soak: nodes  ## containers checkpointed, restored and broken at random: SOAK_ROUNDS=, SOAK_SECONDS=
+	$(PY) -m tests.soak --rounds $(SOAK_ROUNDS) --seconds $(SOAK_SECONDS) --json soak.json
 
 proto: venv  ## check that the shim's messages are in step with proto/
 	$(PY) -m pytest tests/proto_in_step

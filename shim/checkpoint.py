@@ -63,6 +63,13 @@ CRIU_CONFIG = "grit-criu-dump.conf"
 
 _FREEZE_SECONDS = 10.0
 
+_LOST = (
+    "the container has ended: CRIU was killed while it had code of its own in a process, which "
+    "did not outlive it"
+)
+_LOSS_SECONDS = 0.5
+"""A process that runs what CRIU has left in it ends at once."""
+
 _ROUNDS = 3
 """How often a process that takes up CUDA between suspend and freeze makes us begin again."""
 
@@ -124,7 +131,7 @@ def checkpoint(
                 ) from failure
             draft.withdraw()
             # A client that paused it has its Resume still to come.
-            left = "the container stays paused" if was_paused else _undo(container)
+            left = _left_paused(container, failure) if was_paused else _undo(container, failure)
             raise CheckpointError(f"{failure}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
@@ -158,9 +165,13 @@ def resume(container: Container) -> None:
         lane.refill(container)
         container.kept.discard()
         container.kept = None
+    ended = bool(container.freezer()) and container.has_ended()
+    if ended:
+        # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
+        freezer.put_back(container.freezer(), freezer.THAWED, _FREEZE_SECONDS)
     if container.suspension is None or paused:
         began = time.monotonic()
-        if paused and container.freezer() and not container.has_ended():
+        if paused and container.freezer() and not ended:
             # A CRIU that was killed leaves it thawed. The inner shim does not look, and runc
             # resumes nothing that runs.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
@@ -430,14 +441,27 @@ def _since(began: float) -> float:
     return round(time.monotonic() - began, 6)
 
 
-def _undo(container: Container) -> str:
+def _undo(container: Container, failure: Exception) -> str:
     """Resumes a container that only this Checkpoint had paused; says how that went."""
     had_gpu = container.suspension is not None
     try:
         resume(container)
+        left = "the container runs on" + (" with its GPU" if had_gpu else "")
     except Exception as error:
-        return f"the container could not be resumed: {error}"
-    return "the container runs on" + (" with its GPU" if had_gpu else "")
+        left = f"the container could not be resumed: {error}"
+    if _lost_criu(failure) and container.ends_within(_LOSS_SECONDS):
+        freezer.put_back(container.freezer(), freezer.THAWED, _FREEZE_SECONDS)
+        left = _LOST
+    return left
+
+
+def _left_paused(container: Container, failure: Exception) -> str:
+    ended = _lost_criu(failure) and container.has_ended()
+    return _LOST if ended else "the container stays paused"
+
+
+def _lost_criu(failure: Exception) -> bool:
+    return isinstance(failure.__cause__, CriuError) and failure.__cause__.died
 
 
 def _explained(container: Container, error: CriuError, copied: list[Process]) -> str:

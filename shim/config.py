@@ -83,6 +83,7 @@ class GritOptions(_Settings):
     engine: Literal["auto", "driver", "plugin"] = "auto"
     lock_timeout: float = 10.0  # seconds
     dump_timeout: float = 600.0  # seconds
+    restore_timeout: float = 600.0  # seconds
     criu: str = "criu"  # a path, or a name looked up on PATH
     criu_service: str | None = None  # a socket's path
     plugin_dir: str | None = None
@@ -229,6 +230,7 @@ _GRIT: dict[str, Check] = {
     "engine": _one_of("auto", "driver", "plugin"),
     "lock_timeout": _seconds(24 * 3600),
     "dump_timeout": _seconds(24 * 3600),
+    "restore_timeout": _seconds(24 * 3600),
     "criu": _program,
     "criu_service": _path,
     "plugin_dir": _path,

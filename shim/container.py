@@ -6,6 +6,7 @@ Policy lives in checkpoint.py and restore.py; this file only holds state and ans
 
 from __future__ import annotations
 
+import os
 import threading
 
 from shim import cgroup, journal, messages, runcstate
@@ -223,6 +224,19 @@ class Container:
         """Whether its first process has ended."""
         state = self.runc_state()
         return not discovery.alive(state.init_process_pid, state.init_process_start)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether its first process has ended, or does within that time."""
+        import select
+
+        try:
+            process = os.pidfd_open(self.runc_state().init_process_pid)
+        except (ProcessLookupError, runcstate.StateError):
+            return True
+        try:
+            return bool(select.select([process], [], [], seconds)[0])
+        finally:
+            os.close(process)
 
     def freezer(self) -> str:
         """The directory of the control group that Pause freezes; "" if runc recorded none."""

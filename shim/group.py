@@ -7,6 +7,7 @@
         sockets       where the inner shim may listen
         processes     "<name> <pid> <start time>" for the outer and the inner shim
         tasks/<id>    the bundle of each task, for a `delete` that finds the daemon dead
+    over          there while its last task is gone: it is about to end
 
 `start` makes it, the daemon keeps it, the daemon's end or `delete` removes it. Whoever makes or
 removes it, and with it the sockets, holds its `lock`: a group that ends may begin again at once.
@@ -118,14 +119,23 @@ def _stat(pid: int) -> list[bytes]:
 
 
 def add_task(group: str, container_id: str, bundle: str) -> None:
+    unlink(os.path.join(group, "over"))
     _write(os.path.join(group, "tasks", container_id), bundle)
 
 
 def remove_task(group: str, container_id: str) -> None:
     try:
         os.unlink(os.path.join(group, "tasks", container_id))
+        if not os.listdir(os.path.join(group, "tasks")):
+            _write(os.path.join(group, "over"), "")
     except FileNotFoundError:
         pass
+
+
+def is_over(group: str) -> bool:
+    """Whether its last task was removed, and no other has come: containerd's Shutdown is under way,
+    and whoever joins the group now would lose his connection."""
+    return os.path.exists(os.path.join(group, "over"))
 
 
 def tasks(group: str) -> dict[str, str]:
@@ -138,7 +148,7 @@ def tasks(group: str) -> dict[str, str]:
 
 
 def unlink(path: str) -> None:
-    """Removes a socket's file; one that is gone already is fine."""
+    """Removes a file; one that is gone already is fine."""
     try:
         os.unlink(path)
     except FileNotFoundError:

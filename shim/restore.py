@@ -37,7 +37,7 @@ from shim import (
 from shim.checkpoint_dir import CheckpointDirError
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
-from shim.criu_bridge import freezer, request
+from shim.criu_bridge import freezer, request, restoring
 from shim.criu_bridge.errors import explain, first_error, read_log
 from shim.cuda import states
 from shim.cuda.errors import CudaError
@@ -58,6 +58,9 @@ ANNOTATION = bundle.RESTORE_ANNOTATION
 GRIT_RESTORE = "grit.dev/restore-name"
 """GRIT's manager puts it on a pod whose checkpoint its agent is to bring to the node."""
 
+_NO_ERROR = "CRIU's log shows no error"
+_RUNC_LOST_CRIU = " unixpacket "
+"""In what runc says of a CRIU that ended without an answer (1.3 libcontainer/criu_linux.go)."""
 _THAW_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 """How often the word that a download is whole is looked for; GRIT's own containerd looks every
@@ -174,11 +177,21 @@ def start(container: Container, pod: Pod) -> bytes:
     names = uts.wanted(spec)
     failpoint.reach("restore")
     journal.note(container, journal.RESTORING, images=found.images)
+    inner = messages.ConnectResponse.decode(container.ask("Connect")).shim_pid
+    watch = restoring.Watch(inner, container.bundle, container.config.restore_timeout)
     try:
-        with _connections_of(container, found, pod):
+        with _connections_of(container, found, pod), watch:
             reply = container.ask("Start", messages.ExecRequest(id=container.id))
     except StatusError as error:
-        raise StatusError(error.code, _explained(container, error.message)) from error
+        lost = restoring.DIED if _RUNC_LOST_CRIU in error.message else ""
+        told = ": ".join(filter(None, (watch.ended or lost, error.message)))
+        told = _explained(container, told)
+        try:
+            restoring.end_left(inner, str((spec.get("linux") or {}).get("cgroupsPath") or ""))
+            restoring.clear(bundle.work_directory(container.bundle))
+        except OSError as problem:
+            told += f"; what CRIU has left is still there: {problem}"
+        raise StatusError(error.code, told) from error
     criu = round(time.monotonic() - began, 3)
     container.phases["criu_restore"] = criu
     try:
@@ -416,8 +429,9 @@ def _explained(container: Container, message: str) -> str:
     if not text:
         return message
     kept = os.path.join(places.FAILURES, f"{container.namespace}-{container.id}-restore.log")
-    reason = "; ".join(filter(None, (first_error(text), explain(text))))
-    reason = reason or "CRIU's log shows no error"
+    reason = first_error(text)
+    # One that was killed leaves a log without an error, which explains nothing.
+    reason = "; ".join(filter(None, (reason, explain(text)))) if reason else _NO_ERROR
     try:
         os.makedirs(places.FAILURES, mode=0o700, exist_ok=True)
         shutil.copyfile(source, kept)

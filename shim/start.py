@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shim.invocation import Invocation
 
 _BACKLOG = 128
+_END_SECONDS = 3.0
 
 
 def run(call: Invocation) -> NoReturn:
@@ -38,6 +39,9 @@ def run(call: Invocation) -> NoReturn:
     os.makedirs(places.SOCKETS, mode=0o700, exist_ok=True)
     lock = group.lock(home)  # two containers of a pod may start together
     listener = _listen(places.socket_of(address))
+    if listener is None and group.is_over(home):
+        lock = _outlast(home, lock)
+        listener = _listen(places.socket_of(address))
     if listener is None:
         answer = _answer(group.answer(home), address)
         os.close(lock)
@@ -65,6 +69,23 @@ def run(call: Invocation) -> NoReturn:
     os.write(tell, bundle.address_in(inner_answer).encode())
     os.close(lock)
     _reply(here, _answer(inner_answer, address))
+
+
+def _outlast(home: str, lock: int) -> int:
+    """Waits for the end of a daemon whose last task is gone, which needs the lock for it; the lock,
+    taken again. One that does not end was not asked to, and goes on."""
+    import select
+
+    pid = group.living_process(home, "outer")
+    os.close(lock)
+    try:
+        process = os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        process = -1
+    if process >= 0:
+        select.select([process], [], [], _END_SECONDS)
+        os.close(process)
+    return group.lock(home)
 
 
 def _address(containerd: str, namespace: str, grouping: str) -> str:

@@ -15,6 +15,8 @@ outcomes: dict[compatibility.Cell, bool] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "write the table in docs/compatibility.md from the outcomes of the tests marked cell"
     parser.addoption("--write-table", action="store_true", help=text)
+    text = "write the tables in docs/fault-matrix.md from the outcomes of the tests in tests/matrix"
+    parser.addoption("--write-matrix", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

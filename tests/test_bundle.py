@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shim import bundle, cgroup, group, places
+from shim import bundle, cgroup, group, places, start
 
 
 def test_containers_are_grouped_by_the_first_annotation_that_is_set() -> None:
@@ -72,14 +73,33 @@ def test_a_group_is_gone_when_removed_and_may_be_removed_twice(tmp_path: Path) -
     group.record_answer(home, "unix:///x")
     group.add_task(home, "one", "/bundle")
     assert group.tasks(home) == {"one": "/bundle"}
+    assert not group.is_over(home)
     assert group.answer(home) == "unix:///x"
     annotation = json.loads((tmp_path / "group/config.json").read_text())["annotations"]
     assert annotation == {"io.containerd.runc.v2.group": "grit-inner-pod"}
     group.remove_task(home, "one")
     group.remove_task(home, "one")
+    assert group.is_over(home)
+    group.add_task(home, "two", "/bundle")
+    assert not group.is_over(home)
     group.remove(home)
     group.remove(home)
     assert group.tasks(home) == {} and not os.path.exists(home)
+
+
+def test_a_start_outlasts_a_daemon_whose_last_task_is_gone(tmp_path: Path) -> None:
+    """Joining it would lose the connection as it ends (a task deleted and made anew at once)."""
+    home = str(tmp_path / "group")
+    lock = group.lock(home)
+    with subprocess.Popen(["sleep", "60"]) as daemon:
+        group.record_process(home, "outer", daemon.pid)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(start._outlast, home, lock)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(0.2)
+            os.close(group.lock(home))  # which the daemon needs to end
+            daemon.kill()
+            os.close(waiting.result(10))
 
 
 def test_processes_of_groups_below_count(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ CriuWorkPath = "/var/work"
 engine = "plugin"
 lock_timeout = 2.5
 dump_timeout = 60
+restore_timeout = 90
 criu = "/opt/criu/bin/criu"
 criu_service = "/run/criu.sock"
 plugin_dir = "/usr/lib/criu"
@@ -88,6 +89,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         engine="plugin",
         lock_timeout=2.5,
         dump_timeout=60.0,
+        restore_timeout=90.0,
         criu="/opt/criu/bin/criu",
         criu_service="/run/criu.sock",
         plugin_dir="/usr/lib/criu",

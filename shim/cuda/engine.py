@@ -373,7 +373,15 @@ class _Suspend:
 
 
 def _bring_all_back(processes: list[Process], driver: Driver, policy: Policy) -> list[Exception]:
-    """Each to the state it was found in; the errors of those that are not."""
+    """Each to the state it was found in; the errors of those that are not. Where a helper dies on
+    the way, a fresh one goes on once more from what the driver says then."""
+    errors = _bring_back_once(processes, driver, policy)
+    if any(isinstance(error, HelperDied) for error in errors):
+        errors = _bring_back_once(processes, driver, policy)
+    return errors
+
+
+def _bring_back_once(processes: list[Process], driver: Driver, policy: Policy) -> list[Exception]:
     try:
         room.wait_for_room(_to_restore(processes, driver), driver, policy.lock_timeout)
     except CudaError as error:

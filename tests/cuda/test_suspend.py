@@ -20,7 +20,7 @@ import pytest
 from shim.cuda import discovery, engine, states
 from shim.cuda.driver import Driver
 from shim.cuda.engine import Policy
-from shim.cuda.errors import CudaError
+from shim.cuda.errors import CudaError, HelperDied
 from shim.cuda.suspension import Process, Suspension
 from tests.cuda.conftest import MIB, new_policy
 from tests.cuda.freezer import Freezer
@@ -408,6 +408,24 @@ def test_a_helper_killed_in_the_middle_is_an_error_and_a_new_one_undoes(
     assert f"pid {slow.pid}" in str(caught.value)
     assert set(caught.value.states.values()) == {states.RUNNING}
     assert state_of(driver, good.pid) == state_of(driver, slow.pid) == states.RUNNING
+
+
+def test_a_helper_that_dies_while_the_gpu_comes_back_is_followed_by_another(
+    workload: Start, driver: Driver, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was asked for the room there is; nobody else would give the GPU back."""
+    one = workload()
+    suspension = engine.suspend(pids_of(one), driver, policy)
+
+    def dies(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        (helper,) = helpers()
+        os.kill(helper, signal.SIGKILL)
+        raise HelperDied("killed")
+
+    monkeypatch.setattr(driver, "survey", dies)
+    engine.resume(suspension, driver, policy)
+    assert state_of(driver, one.pid) == states.RUNNING
 
 
 def test_a_driver_that_hangs_is_reported_and_given_up(

@@ -124,6 +124,22 @@ def _first_in_line() -> Iterator[None]:
         os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
+def criu_restoring(node: Node) -> int:
+    """The pid in the node of the CRIU of a restore under way, when it has begun to bring processes
+    back: theirs is the parent."""
+
+    def busy() -> int:
+        for pid in node.pids("criu"):
+            with contextlib.suppress(OSError):
+                children = node.path(f"/proc/{pid}/task/{pid}/children").read_text()
+                if "restore" in " ".join(node.processes()[pid]) and children:
+                    return pid
+        return 0
+
+    with _first_in_line():
+        return until("CRIU restoring", busy)
+
+
 def criu_with_all_written(job: Job, images: str) -> int:
     """Stops CRIU when it has written its dump and waits for the shim, which then publishes it; its
     pid on the host."""

@@ -3,6 +3,7 @@ before, the client is told why, and no partial checkpoint is left."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -13,11 +14,12 @@ from tests.e2e.faults import (
     alive_and_well,
     checkpointing,
     criu_halted,
+    criu_restoring,
     criu_with_all_written,
     start,
     told,
 )
-from tests.e2e.gpu import configure, go_on
+from tests.e2e.gpu import configure, go_on, restored_by_annotation, until
 from tests.e2e.test_gpu_failures import tmpfs
 
 if TYPE_CHECKING:
@@ -80,6 +82,53 @@ def test_stopped(gpu_node: Place, start_job: StartJob, images: str) -> None:
     assert "the deadline of 1" in why
     assert "CRIU did not stop within 10 s and was killed" in why
     alive_and_well(job, before, images)
+
+
+@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+def test_killed_with_the_workload(gpu_node: Place, start_job: StartJob, images: str) -> None:
+    """A process that had CRIU's code in it may end with CRIU. The client is told so, and the
+    control group is thawed: runc removes nothing that is frozen."""
+    node, _ = gpu_node
+    configure(node)
+    job, _ = start(start_job, node)
+    init = job.pid()
+    client = checkpointing(job, images)
+    criu = criu_halted(job)
+    os.kill(init, signal.SIGKILL)
+    os.kill(criu, signal.SIGKILL)
+    assert "the container has ended: CRIU was killed while it had code" in told(client)
+    job.end()
+    assert not job.status()
+
+
+@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+@pytest.mark.parametrize(
+    ("sig", "why"),
+    [(signal.SIGKILL, "CRIU was killed or crashed"), (signal.SIGSTOP, "not done within the 2 s")],
+    ids=["killed", "stopped"],
+)
+def test_in_a_restore(
+    gpu_node: Place, start_job: StartJob, images: str, sig: signal.Signals, why: str
+) -> None:
+    """runc waits for what CRIU has begun to bring back, which waits for CRIU: nothing of it stays,
+    and the checkpoint can be restored again."""
+    node, _ = gpu_node
+    configure(node, restore_timeout=2)
+    job, before = start(start_job, node)
+    job.checkpoint_task(images, "--exit")
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+    clean = node.leaks()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        restoring = pool.submit(restored_by_annotation(start_job, images, run=False).try_run)
+        os.kill(node.host_pid(criu_restoring(node)), sig)
+        done = restoring.result()
+    assert done.returncode != 0
+    assert why in done.stderr
+    job.end()
+    until("an end without leaks", lambda: not node.leaks() - clean)
+    node.run(["rm", "-r", "/var/log/containerd-shim-grit"])
+    go_on(before, restored_by_annotation(start_job, images).next_report())
 
 
 def test_no_room_for_the_manifest(

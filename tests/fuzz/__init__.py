@@ -1,0 +1,1 @@
+"""`make fuzz`: what others hand the shim, mutated under coverage."""

@@ -1,0 +1,1 @@
+"""`make matrix`: every fault at every phase of a checkpoint and of a restore."""

@@ -1,0 +1,71 @@
+"""A disk in a node that fails, or stands still, when a test says so: see fuse_server.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.e2e.gpu import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.nodes.node import Node
+
+_SERVER = Path(__file__).with_name("fuse_server.py")
+_BACKING = "/var/tmp/disk-backing"
+_UNMOUNT = """
+import ctypes, sys
+sys.exit(ctypes.CDLL(None).umount2(sys.argv[1].encode(), 2) and 1)
+"""
+
+
+class Disk:
+    """One that is mounted. The operations are read, write, fsync, rename."""
+
+    def __init__(self, control: Path) -> None:
+        self._control = control
+        self._stopped = Path(f"{control}.stopped")
+
+    def fail(self, operation: str) -> None:
+        """It is answered with EIO from now on."""
+        self._say(f"fail {operation}")
+
+    def stop_at(self, operation: str) -> None:
+        """All stands still from the next one on; waits for it."""
+        self._say(f"stop {operation}")
+        until("a disk that stands still", self._stopped.exists)
+
+    def mend(self) -> None:
+        self._say("")
+        self._stopped.unlink(missing_ok=True)
+
+    def _say(self, words: str) -> None:
+        draft = self._control.with_suffix(".draft")
+        draft.write_text(words)
+        draft.rename(self._control)
+
+
+@contextlib.contextmanager
+def mounted(node: Node, where: str) -> Iterator[Disk]:
+    """The disk at `where` in the node, which is made and taken away."""
+    for directory in (where, _BACKING):
+        node.path(directory).mkdir(exist_ok=True)
+    device = node.path("/dev/fuse")
+    if not device.exists():
+        os.mknod(device, 0o600 | 0o020000, os.makedev(10, 229))
+    control = node.path("/var/tmp/disk-control")
+    argv = ["python3", "-c", _SERVER.read_text(), where, _BACKING, "/var/tmp/disk-control"]
+    server = node.popen(argv)
+    disk = Disk(control)
+    try:
+        mounts = node.path("/proc/1/mountinfo")
+        until("the mount", lambda: f" {where} " in mounts.read_text())
+        yield disk
+    finally:
+        disk.mend()
+        node.run(["python3", "-c", _UNMOUNT, where])
+        server.wait(10)
+        node.run(["rm", "-r", where, _BACKING, "/var/tmp/disk-control"])

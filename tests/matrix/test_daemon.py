@@ -1,0 +1,158 @@
+"""The shim's daemon is held right before a phase begins, and then something happens: to it, to
+containerd, to the client, or in the phase itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shim import failpoint
+from shim.gritctl.containerd import ContainerdError
+from shim.ttrpc import ConnectionClosed, StatusError
+from tests.e2e.faults import Direct
+from tests.e2e.gpu import ENVIRONMENT_OF_GRIT, until
+from tests.matrix.cell import IMAGES
+from tests.matrix.table import CHECKPOINT
+
+if TYPE_CHECKING:
+    from tests.matrix.cell import Cell
+
+AFTER = ("let-go", "thaw", "give-back")
+"""Phases of a checkpoint that begin when it is whole already."""
+
+MENDED = ("thaw", "give-back")
+"""Phases whose failure the shim tells and leaves to the next Resume."""
+
+
+def strike(cell: Cell, sig: signal.Signals) -> None:
+    os.kill(cell.node.host_pid(cell.daemon), sig)
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT)
+@pytest.mark.parametrize("error", ["raise", "ENOSPC", "EIO"])
+def test_error_in_a_checkpoint(cell: Cell, phase: str, error: str) -> None:
+    held = cell.held(phase)
+    client = cell.checkpoint()
+    held.reached()
+    held.go_on(error)
+    told = client.result(60)
+    what = {"raise": "failpoint", "ENOSPC": "No space left", "EIO": "Input/output"}[error]
+    assert what in told
+    if phase in MENDED:
+        with contextlib.suppress(ContainerdError):  # one that runs is not resumed
+            cell.box.begin("Resume").result()
+    came = cell.alive(whole=phase in MENDED)
+    cell.came(f"an error ({error})", "checkpoint", phase, came)
+
+
+@pytest.mark.parametrize("phase", failpoint.RESTORE)
+@pytest.mark.parametrize("error", ["raise", "ENOSPC", "EIO"])
+def test_error_in_a_restore(cell: Cell, phase: str, error: str) -> None:
+    cell.end_by_checkpoint()
+    held = cell.held(phase)
+    client = cell.restore()
+    held.reached()
+    held.go_on(error)
+    came = cell.restorable(client.result(60))
+    cell.came(f"an error ({error})", "restore", phase, came)
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT)
+def test_daemon_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
+    held = cell.held(phase)
+    client = cell.checkpoint()
+    held.reached()
+    strike(cell, signal.SIGKILL)
+    held.remove()
+    came = cell.dead(client.result(60), whole=phase in AFTER)
+    cell.came("daemon killed", "checkpoint", phase, came)
+
+
+@pytest.mark.parametrize("phase", failpoint.RESTORE)
+def test_daemon_killed_in_a_restore(cell: Cell, phase: str) -> None:
+    cell.end_by_checkpoint()
+    held = cell.held(phase)
+    client = cell.restore()
+    pid = held.reached()
+    os.kill(cell.node.host_pid(pid), signal.SIGKILL)
+    held.remove()
+    cell.came("daemon killed", "restore", phase, cell.restorable(client.result(60)))
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT)
+def test_daemon_stopped_in_a_checkpoint(cell: Cell, phase: str) -> None:
+    """For a while: nobody takes it for dead, and it goes on where it was."""
+    held = cell.held(phase)
+    client = cell.checkpoint()
+    held.reached()
+    strike(cell, signal.SIGSTOP)
+    state = cell.node.path(f"/proc/{cell.daemon}/stat")
+    until("its halt", lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+    strike(cell, signal.SIGCONT)
+    held.go_on()
+    assert client.result(60) == ""
+    cell.came("daemon stopped for a while", "checkpoint", phase, cell.alive(whole=True))
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT)
+def test_containerd_killed_in_a_checkpoint(cell: Cell, phase: str) -> None:
+    """The client's connection ends with it: what is whole stays, what is not is undone."""
+    held = cell.held(phase)
+    client = cell.checkpoint()
+    held.reached()
+    cell.node.kill_containerd()
+    assert client.result(60)
+    cell.node.start_containerd(env=ENVIRONMENT_OF_GRIT)
+    cell.reconnect()
+    held.go_on()
+    until("the checkpoint", cell.node.path(f"{IMAGES}/grit.json").exists)
+    cell.came("containerd killed", "checkpoint", phase, cell.alive(whole=True))
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT)
+def test_connection_dropped_in_a_checkpoint(cell: Cell, phase: str) -> None:
+    """A client of the shim's own socket goes away."""
+    held = cell.held(phase)
+    client = Direct(cell.box)  # type: ignore[arg-type]
+    asked = cell._pool.submit(_given_up, client)
+    held.reached()
+    client.client.close()
+    assert asked.result(60)
+    held.go_on()
+    until("the checkpoint", cell.node.path(f"{IMAGES}/grit.json").exists)
+    cell.came("connection dropped", "checkpoint", phase, cell.alive(whole=True))
+
+
+def _given_up(client: Direct) -> str:
+    try:
+        client.checkpoint(IMAGES)
+    except (ConnectionClosed, StatusError, OSError) as error:
+        return repr(error)
+    return ""
+
+
+@pytest.mark.parametrize("phase", failpoint.RESTORE)
+def test_containerd_killed_in_a_restore(cell: Cell, phase: str) -> None:
+    """A container that has been restored goes on; of one that has not, the new containerd ends the
+    shim."""
+    cell.end_by_checkpoint()
+    held = cell.held(phase)
+    client = cell.restore()
+    held.reached()
+    cell.node.kill_containerd()
+    told = client.result(60)
+    cell.node.start_containerd(env=ENVIRONMENT_OF_GRIT)
+    cell.reconnect()
+    if phase not in ("restore-gpu", "restored"):
+        held.remove()
+        came = cell.restorable(told)
+    else:
+        held.go_on()
+        cell.box.check()
+        cell.next_works()
+        came = "restored all the same"
+    cell.came("containerd killed", "restore", phase, came)

@@ -1,0 +1,1 @@
+"""`python -m tests.soak`: containers checkpointed, restored, paused and killed at random."""
