@@ -120,10 +120,10 @@ def checkpoint(
             if was_paused:
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted, sign)
-        except lane.NotRefilled:
-            container.kept = draft
-            raise
         except Exception as failure:
+            if lane.is_dropped(container):
+                container.kept = draft  # it has what the processes lack
+                raise
             if draft.published and container.has_ended():
                 container.forget_pause()
                 raise CheckpointError(
@@ -161,8 +161,9 @@ def resume(container: Container) -> None:
     CudaError, lane.NotRefilled, or the inner shim's StatusError.
     """
     paused = container.status() == messages.PAUSED
+    lane.refill(container)
     if container.kept is not None:
-        lane.refill(container)
+        container.kept.withdraw()
         container.kept.discard()
         container.kept = None
     ended = bool(container.freezer()) and container.has_ended()

@@ -111,6 +111,11 @@ def moved(container: Container, directory: str) -> None:
         process.dropped_to = directory
 
 
+def is_dropped(container: Container) -> bool:
+    """Whether some process lacks memory that is in files."""
+    return bool(_dropped(container))
+
+
 def refill(container: Container) -> None:
     """Puts back what was dropped; nothing, if nothing was. To be called before a thaw; can be
     called again. Raises NotRefilled."""
@@ -145,10 +150,6 @@ def refill(container: Container) -> None:
     )
 
 
-def is_dropped(container: Container) -> bool:
-    return bool(_dropped(container))
-
-
 def fill_restored(container: Container, found: Restore) -> None:
     """Fills in the regions of restored processes, which stand still. Raises CudaError, and then no
     process may run."""
@@ -156,11 +157,7 @@ def fill_restored(container: Container, found: Restore) -> None:
     wanted = {process.inner: process for process in found.processes if process.lane}
     began = time.monotonic()
     with gpu.helper(container.config) as driver:
-        for pid in container.pids():
-            try:
-                inner = discovery.identify(pid).inner
-            except (OSError, discovery.ProcessGone):
-                continue
+        for inner, pid in _pids(container).items():
             process = wanted.pop(inner, None)
             if process is not None:
                 process.pid = pid
@@ -197,12 +194,7 @@ def let_run(container: Container, directory: str) -> None:
     children before their parents, who might otherwise take notice of a child that has stopped."""
     from shim.criu_bridge import contents, images
 
-    pids = {}
-    for pid in container.pids():
-        try:
-            pids[discovery.identify(pid).inner[0]] = pid
-        except (OSError, discovery.ProcessGone):
-            continue
+    pids = {inner[0]: pid for inner, pid in _pids(container).items()}
     for process in reversed(images.processes(directory)):
         inner = process.pid or 0
         if inner in pids and not contents.was_stopped(directory, inner):
@@ -210,6 +202,17 @@ def let_run(container: Container, directory: str) -> None:
                 os.kill(pids[inner], signal.SIGCONT)
             except ProcessLookupError:
                 continue
+
+
+def _pids(container: Container) -> dict[tuple[int, ...], int]:
+    """Of its processes, by their pids in the container."""
+    found = {}
+    for pid in container.pids():
+        try:
+            found[discovery.identify(pid).inner] = pid
+        except (OSError, discovery.ProcessGone):
+            continue
+    return found
 
 
 def _dropped(container: Container) -> list[Process]:

@@ -205,6 +205,8 @@ class Tasks:
             self._pod.forget(one)
             watchdog.stop(one)
             journal.close(one)
+            if one.kept:
+                one.kept.discard()  # nobody is left to fill in what it has
         group.remove_task(self._home, request.id)
         return reply
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shim.criu_bridge import images as criu_images
-from tests.e2e.failpoints import held
+from tests.e2e.failpoints import held, told
 from tests.e2e.faults import checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
 from tests.simgpu import simgpu
@@ -103,6 +103,25 @@ def test_ends_and_comes_back(gpu_node: Place, start_job: StartJob, images: str) 
         assert counts == list(range(len(counts)))
     again.checkpoint_task(f"{images}2", check=False)  # once more, from what came back
     assert board.library.state(again.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
+
+
+@on_forky
+def test_what_could_not_be_filled_in_is_by_the_resume(
+    gpu_node: Place, start_job: StartJob, images: str
+) -> None:
+    """The files are all there is of the memory: they are kept until then."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    with told(node, "refill", "raise"):
+        done = job.checkpoint_task(images, check=False)  # ctr resumes, whatever came of it
+    assert done.returncode != 0
+    go_on(before, job.next_report())
+    assert [entry.name for entry in node.path(images).parent.iterdir()] == []
+    job.remove_checkpoints()
+    job.checkpoint_task(images)
+    go_on(before, job.next_report())
 
 
 @on_13
