@@ -190,12 +190,7 @@ class Soak:
         )
 
     def summary(self) -> dict[str, Any]:
-        half = len(self.files) // 2
-        leaks = [*self.leaks, *self.steady.leaks()]
-        if len(self.files) >= watch.ENOUGH and max(self.files[half:]) > max(
-            self.files[: half or 1]
-        ):
-            leaks.append(f"files grew to {max(self.files[half:])}")
+        leaks = [*self.leaks, *self.steady.leaks(), *watch.grown("files", self.files)]
         return {
             "seed": self.seed,
             "node": self.node.name,
