@@ -121,15 +121,15 @@ def checkpoint(
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted, sign)
         except Exception as failure:
-            if lane.is_dropped(container):
-                container.kept = draft  # it has what the processes lack
-                raise
             if draft.published and container.has_ended():
                 container.forget_pause()
                 raise CheckpointError(
                     f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
                 ) from failure
-            draft.withdraw()
+            if lane.is_dropped(container):
+                container.kept = draft  # it has what the processes lack
+            else:
+                draft.withdraw()
             # A client that paused it has its Resume still to come.
             left = _left_paused(container, failure) if was_paused else _undo(container, failure)
             raise CheckpointError(f"{failure}; {left}") from failure

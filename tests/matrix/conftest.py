@@ -44,7 +44,7 @@ def place() -> Iterator[tuple[Node, SimGpu, Pattern]]:
     env = gpu.ENVIRONMENT_OF_GRIT
     with running("forky", binds=gpu.kit_binds(), env=env) as node:
         board = gpu.gpu_of(node, capacity=16 << 20)
-        gpu.configure(node)
+        gpu.configure(node, lane_from=4096)
         with connect(node) as containerd:
             job = gpu.Job(node, board, "job", *SMALL, runtime=gpu.GRIT)
             made = pattern(job, containerd)
@@ -58,7 +58,7 @@ def cell(
 ) -> Iterator[Cell]:
     """A container with a GPU, running; afterwards nothing may be left of it."""
     node, board, (spec, parent) = place
-    gpu.configure(node)
+    gpu.configure(node, lane_from=4096)  # bytes: all device memory goes past CRIU
     before = node.leaks()
     with connect(node) as containerd:
         box = Box(node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG)

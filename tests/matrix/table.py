@@ -11,11 +11,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs/fault-matrix.md"
 BEGIN = "<!-- written by `make matrix` -->\n"
 END = "<!-- end of what `make matrix` wrote -->\n"
 
-LANE = ("lane", "drop", "refill")
-"""Phases of a checkpoint whose pages the shim writes itself: tests/e2e/test_gpu_lane.py."""
-
-CHECKPOINT = tuple(phase for phase in failpoint.CHECKPOINT if phase not in LANE)
-COLUMNS = {"checkpoint": CHECKPOINT, "restore": failpoint.RESTORE}
+COLUMNS = {"checkpoint": failpoint.CHECKPOINT, "restore": failpoint.RESTORE}
 
 Cell = tuple[str, str, str]
 """Fault, operation, phase."""

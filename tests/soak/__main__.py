@@ -79,7 +79,11 @@ def _place(name: str) -> Iterator[tuple[Node, list[Box]]]:
         with connect(node) as containerd:
             boxes = []
             for box, words in _WORDS.items():
-                configure(node, engine="plugin" if box == "plugin" else "driver")
+                configure(
+                    node,
+                    engine="plugin" if box == "plugin" else "driver",
+                    lane_from=4096,  # bytes: what they hold goes past CRIU, but for the plugin's
+                )
                 config = f"/etc/containerd/soak-{box}.toml"
                 node.path(config).write_text(node.path(gpu.CONFIG).read_text())
                 job = Job(node, board, box, *words, *SMALL, runtime=gpu.GRIT)
