@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 STATE = Path("/run/grit-gpu-kube")
 EXAMPLES = machine.REPOSITORY / "packaging/kubernetes/examples"
 CLAIM = "ckpt-store"
+_OPENSSL = """\
+[req]
+distinguished_name = name
+x509_extensions = authority
+[name]
+[authority]
+basicConstraints = critical,CA:TRUE
+subjectKeyIdentifier = hash
+"""
 _ENTRIES_OF_ETC = ("ld.so.cache", "alternatives", "passwd", "ssl")
 """What a job needs of /etc. In all of it there would be no place for the files of a pod."""
 
@@ -39,8 +48,14 @@ class HostPlane(ControlPlane):
             shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(kube_kit.HOME / "bin", BINARIES)
         os.environ["PATH"] += f":{BINARIES}"
-        os.environ["OPENSSL_CONF"] = "/dev/null"
-        self.start()
+        STATE.mkdir(exist_ok=True)
+        (STATE / "openssl.cnf").write_text(_OPENSSL)
+        os.environ["OPENSSL_CONF"] = str(STATE / "openssl.cnf")
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         Path(KUBECONFIG).parent.mkdir(parents=True, exist_ok=True)
         Path(KUBECONFIG).write_text(self.kubeconfig("agent", "127.0.0.1"))
         return self

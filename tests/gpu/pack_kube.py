@@ -11,6 +11,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from tests.e2e.pods.kubelet import PAUSE_COMMAND
@@ -33,8 +34,19 @@ def main() -> None:
             build_image("local/pause", "1", {}, command=PAUSE_COMMAND), kit / "pause.tar"
         )
         wheels(kit / "wheels", python, *_WHEELS)
+        for wheel in (kit / "wheels").iterdir():
+            _store(wheel)
         with tarfile.open(target / "kube.tar.xz", "w:xz", preset=6) as archive:
             archive.add(kit, ".")
+
+
+def _store(wheel: Path) -> None:
+    """Takes the wheel's own compression away: that of the archive is better."""
+    with zipfile.ZipFile(wheel) as old:
+        files = [(info.filename, old.read(info)) for info in old.infolist()]
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_STORED) as new:
+        for name, content in files:
+            new.writestr(name, content)
 
 
 if __name__ == "__main__":
