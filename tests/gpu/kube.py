@@ -104,13 +104,13 @@ def _alone(tree: str) -> str:
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir() if os.path.isdir(tree) else place.touch()
-        subprocess.run(["mount", "--bind", tree, str(place)], check=True)
+        subprocess.run(["mount", "-o", "bind", tree, str(place)], check=True)
     return str(place)
 
 
 def _let_go() -> None:
     for place in sorted((STATE / "trees").glob("*")):
-        subprocess.run(["umount", "--lazy", str(place)], check=False)
+        subprocess.run(["umount", "-l", str(place)], check=False)
     shutil.rmtree(STATE, ignore_errors=True)
 
 
