@@ -8,7 +8,7 @@ SYSCONFDIR ?= /etc
 VENV       ?= .venv
 PY         := $(VENV)/bin/python
 
-.PHONY: help venv setup package table nodes lint test gpu-kit gpu-test demo bench soak matrix fuzz install uninstall proto
+.PHONY: help venv setup package table nodes lint test gpu-kit gpu-kube-kit gpu-test demo bench soak matrix fuzz install uninstall proto
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,6 +55,9 @@ nodes: setup venv  ## the Debian systems that tests and demo run on, kept in /va
 GPU_PYTHON ?= 3.12
 gpu-kit: nodes  ## pack what a machine with a GPU lacks into .gpu/
 	$(PY) -m tests.gpu.pack .gpu $(GPU_PYTHON)
+
+gpu-kube-kit: nodes  ## pack a control plane and the agent's needs for it
+	$(PY) -m tests.gpu.pack_kube .gpu $(GPU_PYTHON)
 
 # In this order: what may leave a process stuck in the driver comes last.
 gpu-test:  ## on a machine with an NVIDIA GPU and PyTorch, with the kit: the tests on it (root)

@@ -30,7 +30,31 @@ CONFIG = HOME / "grit.toml"
 COMMAND = ENVIRONMENT / "libexec/cuda-checkpoint"
 """Ours: asks the driver about a process, unless that stands still."""
 
+PAUSE = "docker.io/local/pause:1"
+"""What the sandboxes of pods run; only the tests with pods bring it."""
+
 _DEVICES = ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
+_CONTAINERD = """\
+version = 3
+root = "{home}/root"
+state = "{state}/state"
+disabled_plugins = ["io.containerd.internal.v1.opt"]
+[grpc]
+address = "{socket}"
+[plugins."io.containerd.nri.v1.nri"]
+disable = true
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "{pause}"
+[plugins."io.containerd.cri.v1.runtime"]
+restrict_oom_score_adj = true
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.grit]
+runtime_type = "io.containerd.grit.v1"
+pod_annotations = ["grit.dev/*"]
+container_annotations = ["grit.dev/*"]
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.grit.options]
+TypeUrl = "containerd.runc.v1.Options"
+ConfigPath = "{grit}"
+"""
 _CRIU = """\
 #!/bin/sh
 export LD_LIBRARY_PATH={release}/lib
@@ -95,11 +119,17 @@ class Machine:
         return subprocess.Popen(argv, env=self.environment, text=True, **options)
 
     def run(
-        self, argv: Sequence[str], *, check: bool = True, timeout: float = 120
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = 120,
+        input: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             list(map(str, argv)),
             check=False,
+            input=input,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -115,18 +145,21 @@ class Machine:
     def ctr_words(self, *words: str) -> list[str]:
         return ["ctr", "--address", str(SOCKET), *words]
 
+    def import_image(self, tar: Path, namespace: str) -> None:
+        self.ctr("-n", namespace, "images", "import", str(tar))
+
+    def cgroup_roots(self) -> list[Path]:
+        return [Path("/sys/fs/cgroup")]
+
     def job_flags(self) -> list[str]:
         """`ctr run` options that give a container this machine's programs, Python, GPU and driver
         files: what a runtime hook or CDI would do, with bind mounts."""
-        mounts = [(path, path) for path in _shared_trees()]
+        mounts = [(path, path) for path in shared_trees()]
         mounts += [(f"/usr/{path}", f"/{path}") for path in ("lib", "lib64")]
         flags = [f"--runtime-config-path={CONFIG}", "--net-host"]
         flags += [f"--mount=type=bind,src={s},dst={d},options=bind:ro" for s, d in mounts]
-        flags += [f"--device=/dev/{n}" for n in _DEVICES if os.path.exists(f"/dev/{n}")]
-        environment = {"PATH": os.environ["PATH"], "HOME": "/tmp"}
-        if "LD_LIBRARY_PATH" in os.environ:
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        return flags + [f"--env={name}={value}" for name, value in environment.items()]
+        flags += [f"--device={path}" for path in gpu_devices()]
+        return flags + [f"--env={name}={value}" for name, value in job_environment().items()]
 
     def log(self) -> str:
         """What containerd and the shims under it have written."""
@@ -137,10 +170,7 @@ class Machine:
         _end_earlier()
         config = HOME / "config.toml"
         config.write_text(
-            f'version = 2\nroot = "{HOME}/root"\nstate = "{STATE}/state"\n'
-            'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri",'
-            ' "io.containerd.internal.v1.opt"]\n'
-            f'[grpc]\naddress = "{SOCKET}"\n'
+            _CONTAINERD.format(home=HOME, state=STATE, socket=SOCKET, pause=PAUSE, grit=CONFIG)
         )
         with open(HOME / "containerd.log", "ab") as log:
             self._containerd = subprocess.Popen(
@@ -163,7 +193,7 @@ class Machine:
             self.ctr("images", "import", str(KIT / "busybox.tar"))
 
 
-def _shared_trees() -> list[str]:
+def shared_trees() -> list[str]:
     """/usr, /opt, /etc, wherever Python is, and what is mounted below them, each to be bound by
     itself: CRIU takes every mount of a container for a mount of its configuration."""
     trees = ["/usr", "/opt", "/etc"]
@@ -174,6 +204,18 @@ def _shared_trees() -> list[str]:
         mounts = [line.split()[4] for line in file]
     below = [m for m in mounts if m.startswith(("/usr/", "/opt/")) and str(HOME) not in m]
     return [tree for tree in trees if os.path.isdir(tree)] + sorted(set(below))
+
+
+def gpu_devices() -> list[str]:
+    return [f"/dev/{name}" for name in _DEVICES if os.path.exists(f"/dev/{name}")]
+
+
+def job_environment() -> dict[str, str]:
+    """By which a job finds this machine's Python and libraries."""
+    found = {"PATH": os.environ["PATH"], "HOME": "/tmp"}
+    if "LD_LIBRARY_PATH" in os.environ:
+        found["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    return found
 
 
 def _end_earlier() -> None:

@@ -34,23 +34,23 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         kit = Path(directory)
-        _programs(kit, "forky", _PROGRAMS)
-        _programs(kit / "criu-4.1", "13", ("usr/sbin/criu",))
-        _programs(kit / "criu-4.2", "forky", ("usr/sbin/criu",))
+        programs(kit, "forky", _PROGRAMS)
+        programs(kit / "criu-4.1", "13", ("usr/sbin/criu",))
+        programs(kit / "criu-4.2", "forky", ("usr/sbin/criu",))
         for name, release in (("13", "criu-4.1"), ("forky", "criu-4.2")):
             shutil.copytree(cuda_plugin.directory(name), kit / release / "plugin")
         shutil.copyfile(build_image("local/busybox", "1", {}), kit / "busybox.tar")
-        _wheels(kit / "wheels", python)
+        wheels(kit / "wheels", python, "--no-deps", *_WHEELS)
         with tarfile.open(target / "kit.tar.xz", "w:xz", preset=3) as archive:
             archive.add(kit, ".")
 
 
-def _programs(kit: Path, node: str, programs: tuple[str, ...]) -> None:
+def programs(kit: Path, node: str, paths: tuple[str, ...]) -> None:
     """Copies programs of a node's root, and the libraries they load, to `bin` and `lib`."""
     root = roots.root(node)
     for part in ("bin", "lib"):
         (kit / part).mkdir(parents=True, exist_ok=True)
-    for program in programs:
+    for program in paths:
         shutil.copy2(root / program, kit / "bin")
         listed = subprocess.run(
             ["chroot", str(root), "ldd", f"/{program}"], check=True, capture_output=True, text=True
@@ -62,11 +62,12 @@ def _programs(kit: Path, node: str, programs: tuple[str, ...]) -> None:
                 shutil.copy(root / library.lstrip("/"), kit / "lib")
 
 
-def _wheels(target: Path, python: str) -> None:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--no-deps"]
+def wheels(target: Path, python: str, *wanted: str) -> None:
+    """Downloads what `pip download WANTED` names."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
     platforms = [f"--platform=manylinux{tag}_x86_64" for tag in ("2014", "_2_17", "_2_28")]
     version = [f"--python-version={python}", "--implementation=cp", *platforms]
-    subprocess.run([*pip, *version, f"--dest={target}", *_WHEELS], check=True)
+    subprocess.run([*pip, *version, f"--dest={target}", *wanted], check=True)
 
 
 if __name__ == "__main__":

@@ -98,15 +98,10 @@ class ControlPlane:
     def __enter__(self) -> ControlPlane:
         self.node.start()
         try:
-            self.node.run(["sh", "-c", _CERTIFICATES])
-            self._write("audit.yaml", _AUDIT)
-            self._write("admin.conf", self.kubeconfig("admin", "127.0.0.1"))
-            self._start_authorizer()
             self.node.run(["ip", "link", "add", "kube0", "type", "bridge"])
             self.node.run(["ip", "addr", "add", f"{ADDRESS}/24", "dev", "kube0"])
             self.node.run(["ip", "link", "set", "kube0", "up"])
-            self.start_etcd()
-            self.start_server()
+            self.start()
         except BaseException:
             self.node.close()
             raise
@@ -119,6 +114,15 @@ class ControlPlane:
         trace: TracebackType | None,
     ) -> None:
         self.node.close()
+
+    def start(self) -> None:
+        """All its parts, on a node that stands."""
+        self.node.run(["sh", "-c", _CERTIFICATES])
+        self._write("audit.yaml", _AUDIT)
+        self._write("admin.conf", self.kubeconfig("admin", "127.0.0.1"))
+        self._start_authorizer()
+        self.start_etcd()
+        self.start_server()
 
     # --- its parts ------------------------------------------------------------------------
 

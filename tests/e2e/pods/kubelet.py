@@ -116,10 +116,10 @@ def _write(node: Node, path: str, text: str) -> None:
 class Kubelet:
     """The kubelet of one node; `board` are the GPUs its pods get, if any."""
 
-    def __init__(self, node: Node, board: SimGpu | None = None) -> None:
+    def __init__(self, node: Node, board: SimGpu | None = None, socket: str = SOCKET) -> None:
         self.node = node
         self.board = board
-        self.cri = Services(node.path(SOCKET), "cri.proto")
+        self.cri = Services(node.path(socket), "cri.proto")
         self.made: list[Pod] = []
         """Every pod that was not removed yet, or was."""
 
