@@ -53,6 +53,7 @@ def test_criu_in_a_checkpoint(cell: Cell, phase: str, fault: str) -> None:
 
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="this host has no v1 memory controller")
+@pytest.mark.parametrize("cell", [{"lane": "off"}], ids=["without the lane"], indirect=True)
 def test_criu_out_of_memory_in_a_checkpoint(cell: Cell) -> None:
     """The kernel takes it at the limit of its control group."""
     job: Any = cell.box
