@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import threading
 
@@ -497,3 +498,21 @@ def test_one_that_cannot_be_handled_does_not_keep_up_the_others(server, tmp_path
     assert server.status()["phase"] == "Checkpointed"
     assert any("default/bad" in line for line in agent.lines)
     assert any("default/invalid: 422" in line for line in agent.lines)
+
+
+def test_nothing_is_kept_of_checkpoints_that_have_gone(server, tmp_path):
+    """Beyond what the first ones left: as many objects after 60 as after 20."""
+    agent = Agent(server, tmp_path, Pods())
+    counts = []
+    for turn in range(60):
+        agent.settle(4)
+        assert server.status()["phase"] == "Checkpointed"
+        server.mark_deleted()
+        agent.settle(3)
+        assert not server.kept
+        server.create()
+        agent.lines.clear()
+        if turn in (19, 59):
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert counts[1] - counts[0] < 40
