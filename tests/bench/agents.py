@@ -31,13 +31,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.bench.agents", description=__doc__)
     parser.add_argument("--checkpoints", type=int, default=200)
     parser.add_argument("--pods", type=int, default=20, help="half of them on each node")
+    parser.add_argument("--rounds", type=int, default=1, help="each after all of the last are gone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as store, ControlPlane() as plane:
         plane.apply_packaged()
         with two(plane, Path(store), "") as workers:
-            found = measure(plane, workers, options.checkpoints, options.pods)
+            begin(workers, options.pods)
+            found: dict[str, Any] = {
+                "rounds": [
+                    measure(plane, workers, options.checkpoints, options.pods)
+                    for _ in range(options.rounds)
+                ]
+            }
             found["store"] = [str(one) for one in Path(store).glob("*/*")]
     print(json.dumps(found, indent=2))
+
+
+def begin(workers: Sequence[Worker], pods: int) -> None:
+    for number in range(pods):
+        workers[number % 2].kubelet.pod(f"pod-{number}", {"main": SLEEP}).run()
 
 
 def measure(
@@ -45,8 +57,6 @@ def measure(
 ) -> dict[str, Any]:
     """Figures by name: seconds, bytes, counts. What was left behind is a list, empty if all is
     well."""
-    for number in range(pods):
-        workers[number % 2].kubelet.pod(f"pod-{number}", {"main": SLEEP}).run()
     start = [held(worker) for worker in workers]
     before = [(worker.node.leaks(), leases(worker)) for worker in workers]
     asked = len(plane.audit())
