@@ -117,6 +117,7 @@ def checkpoint(
             suspend_and_freeze(container, images=draft.path)
         container.paused_by, container.orphanable = connection, True
         try:
+            _make_whole(container)
             if was_paused:
                 preflight.before_dump(container, draft.path)
             _dump(container, draft, wanted, sign)
@@ -126,10 +127,10 @@ def checkpoint(
                 raise CheckpointError(
                     f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
                 ) from failure
-            if lane.is_dropped(container):
-                container.kept = draft  # it has what the processes lack
-            else:
+            if not lane.is_dropped(container):
                 draft.withdraw()
+            elif container.kept is None:
+                container.kept = draft  # it has what the processes lack
             # A client that paused it has its Resume still to come.
             left = _left_paused(container, failure) if was_paused else _undo(container, failure)
             raise CheckpointError(f"{failure}; {left}") from failure
@@ -161,11 +162,7 @@ def resume(container: Container) -> None:
     CudaError, lane.NotRefilled, or the inner shim's StatusError.
     """
     paused = container.status() == messages.PAUSED
-    lane.refill(container)
-    if container.kept is not None:
-        container.kept.withdraw()
-        container.kept.discard()
-        container.kept = None
+    _make_whole(container)
     ended = bool(container.freezer()) and container.has_ended()
     if ended:
         # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
@@ -185,6 +182,16 @@ def resume(container: Container) -> None:
         failpoint.reach("give-back")
         gpu.resume(container, container.suspension)
     container.forget_pause()
+
+
+def _make_whole(container: Container) -> None:
+    """Fills in the device memory that a failed checkpoint has left in files only: before anything
+    of the container runs, or is dumped. Raises lane.NotRefilled."""
+    lane.refill(container)
+    if container.kept is not None:
+        container.kept.withdraw()
+        container.kept.discard()
+        container.kept = None
 
 
 def abandon(container: Container, why: str, still: Callable[[], bool] = lambda: True) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shim.criu_bridge import images as criu_images
+from shim.ttrpc import StatusError
 from tests.e2e.failpoints import held, told
-from tests.e2e.faults import checkpointing
+from tests.e2e.faults import Direct, checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
 from tests.simgpu import simgpu
 
@@ -122,6 +123,28 @@ def test_what_could_not_be_filled_in_is_by_the_resume(
     job.remove_checkpoints()
     job.checkpoint_task(images)
     go_on(before, job.next_report())
+
+
+@on_forky
+def test_what_could_not_be_filled_in_is_before_the_next_dump(
+    gpu_node: Place, start_job: StartJob, images: str
+) -> None:
+    """Else that would have zeros in its place, and be taken for a checkpoint."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    with Direct(job) as shim:
+        shim.call("Pause")
+        with told(node, "refill", "raise"), pytest.raises(StatusError, match="stays paused"):
+            shim.checkpoint(f"{images}-failed")
+        shim.checkpoint(images)
+        shim.call("Resume")
+    go_on(before, job.next_report())
+    assert not node.path(f"{images}-failed").exists()
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+    go_on(before, restored_by_annotation(start_job, images).next_report())
 
 
 @on_13
