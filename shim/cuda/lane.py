@@ -22,7 +22,7 @@ from typing import Any
 from shim import digests
 from shim.cuda._memory import ffi
 from shim.cuda.errors import LaneError
-from shim.cuda.inject import InjectionError, calling
+from shim.cuda.inject import Injected, InjectionError, calling
 from shim.cuda.shards import Shard, cut
 from shim.cuda.still import held, living_threads
 
@@ -51,8 +51,8 @@ def write(
 ) -> list[Shard]:
     """Writes memory [start, end) of a process to new files `<prefix><number>.img` in a directory,
     synced to disk with it; where 4 MiB in a row are zeros there is a hole. Nobody may write to that
-    memory meanwhile. With `direct` past the
-    page cache, where the file system lets it. `algorithm` is one of `digests.new`.
+    memory meanwhile. With `direct` past the page cache, where the file system lets it. `algorithm`
+    is one of `digests.new`.
 
     Raises LaneError or OSError, and then has removed the files. Whoever is killed meanwhile leaves
     them: they lie in a draft, and go with it."""
@@ -236,8 +236,18 @@ def _dropped_by(pid: int, ranges: list[tuple[int, int]], threads: int, deadline:
                 at, size = pieces.pop()
                 caller.begin(_MADVISE, at, size, _DONTNEED)
                 begun.append(caller)
-            for caller in begun:
-                caller.result()
+            # All, before an error is raised: who is in the middle of a call must not be let go.
+            failures = [failure for caller in begun if (failure := _failure_of(caller))]
+            if failures:
+                raise failures[0]
+
+
+def _failure_of(caller: Injected) -> InjectionError | None:
+    try:
+        caller.result()
+    except InjectionError as error:
+        return error
+    return None
 
 
 @contextmanager
