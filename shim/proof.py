@@ -48,7 +48,7 @@ def require(processes: list[Process], directory: str, before: dict[int, Ranges])
             directory, process.inner[0], ranges
         )
         if process.lane:
-            process.image = f"{process.lane[0].name}"
+            process.image = process.lane[0].name
             process.image_bytes += sum(shard.size for shard in process.lane)
         # Half: a driver need not write all that NVML counts (H200, r580: 65 MB were missing).
         if process.image_bytes < _expected(process) // 2:
