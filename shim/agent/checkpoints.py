@@ -25,6 +25,7 @@ from shim import checkpoint_dir
 from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.migration import NotMigrated
 from shim.agent.settings import UnknownStore
+from shim.agent.spells import Spells
 from shim.agent.status import name_of as _name
 from shim.agent.status import now as _now
 from shim.agent.status import set_phase
@@ -104,7 +105,7 @@ class Checkpoints:
         self.stopping = threading.Event()
         self._workers = threading.Semaphore(settings.workers)
         self._busy: dict[str, threading.Lock] = {}
-        self._since: dict[tuple[str, str], float] = {}
+        self.spells = Spells()
         self._silent = False  # containerd: it is not asked for every Checkpoint in vain
 
     def step(self) -> str:
@@ -112,13 +113,13 @@ class Checkpoints:
         try:
             every, version = self.api.list()
         except ApiError:
-            self._since.clear()  # silence while nobody could write is no sign of death
+            self.spells.forget()
             raise
-        before, self._since = self._since, {}
+        self.spells.look()
         self._silent = False
         for one in sorted(every, key=lambda one: one["metadata"]["uid"] not in self.jobs):
             try:
-                self._look(one, before)
+                self._look(one)
             except Conflict:
                 pass  # somebody was faster; it is looked at again
             except Unanswered:
@@ -141,7 +142,7 @@ class Checkpoints:
             if job.thread:
                 job.thread.join()
 
-    def _look(self, one: Object, before: dict[tuple[str, str], float]) -> None:
+    def _look(self, one: Object) -> None:
         meta, status = one["metadata"], one.get("status") or {}
         deleted = "deletionTimestamp" in meta
         job = self.jobs.get(meta["uid"])
@@ -154,7 +155,7 @@ class Checkpoints:
         holder = status.get("holder", {})
         mine = holder.get("name") == self.settings.node
         if deleted:
-            orphan = self._seen(one, "deleted", before) > self.settings.orphan_seconds
+            orphan = self.spells.seconds(one, "deleted") > self.settings.orphan_seconds
             node = status.get("nodeName") or self.settings.node
             if FINALIZER in meta.get("finalizers", []) and (orphan or node == self.settings.node):
                 self._begin(one, self._clear)
@@ -166,10 +167,10 @@ class Checkpoints:
         elif mine:
             self._begin(one, self._take_on)
         elif holder:
-            if self._seen(one, str(holder.get("until")), before) > self.settings.lease_seconds:
+            if self.spells.seconds(one, str(holder.get("until"))) > self.settings.lease_seconds:
                 self._take_over(one)
         elif not self._silent:
-            self._claim(one, before)
+            self._claim(one)
 
     def _take_over(self, one: Object) -> None:
         """Its agent is taken for dead. By the version looked at."""
@@ -191,18 +192,12 @@ class Checkpoints:
             holder=holder,
         )
 
-    def _seen(self, one: Object, what: str, before: dict[tuple[str, str], float]) -> float:
-        """For how many seconds `what` has been so."""
-        key = (one["metadata"]["uid"], what)
-        self._since[key] = before.get(key, time.monotonic())
-        return time.monotonic() - self._since[key]
-
-    def _claim(self, one: Object, before: dict[tuple[str, str], float]) -> None:
+    def _claim(self, one: Object) -> None:
         meta = one["metadata"]
         # Meanwhile nobody renews: well within a lease.
         uid = self.pods.uid(_pod(one), self.settings.lease_seconds / 6)
         if uid is None:
-            waited = self._seen(one, "no pod", before)
+            waited = self.spells.seconds(one, "no pod")
             if not (one.get("status") or {}).get("phase"):
                 text = f"no agent has found pod {_pod(one)} on its node yet"
                 _set(one, "Created", "Waiting", text)

@@ -19,6 +19,7 @@ from shim.agent import fitting
 from shim.agent.answers import Answers
 from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.claims import CONDITION, HELD, Claims, condition
+from shim.agent.spells import Spells
 from shim.agent.status import name_of, set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.containerd import ContainerdError
@@ -57,7 +58,7 @@ class Restores:
         self.settings, self.say = settings, say
         self.claims = Claims(api, checkpoints, settings, say)
         self.answers = Answers(self.claims, api_pods, pods, desk)
-        self._since: dict[tuple[str, str], float] = {}
+        self.spells = Spells()
         self._not_before = 0.0
         self._heard: set[str] = set()
         self._lock = threading.Lock()
@@ -68,15 +69,15 @@ class Restores:
             try:
                 every, version = self.api.list()
             except ApiError:
-                self._since.clear()  # silence while nobody could write is no sign of death
+                self.spells.forget()
                 raise
-            before, self._since = self._since, {}
+            self.spells.look()
             here = self._here(every)
             pending = set()
             for one in every:
                 meta = one["metadata"]
                 try:
-                    asked_for = self._look(one, before, here)
+                    asked_for = self._look(one, here)
                 except Conflict:
                     asked_for = True  # somebody was faster; it is looked at again
                 except Unanswered:
@@ -133,7 +134,7 @@ class Restores:
             self.say(f"which pods run already is not known: {error}")
             return set()
 
-    def _look(self, one: Object, before: dict[tuple[str, str], float], here: set[str]) -> bool:
+    def _look(self, one: Object, here: set[str]) -> bool:
         """Moves one Restore on; whether containers of its namespace have to ask here."""
         status = one.get("status") or {}
         phase, holder = status.get("phase"), status.get("holder") or {}
@@ -150,9 +151,9 @@ class Restores:
         if phase == "Created":
             return True
         if self.claims.ours(one):
-            self._watch(one, before, status["podUID"] in here)
+            self._watch(one, status["podUID"] in here)
             return True
-        if self._seen(one, str(holder.get("until")), before) > self.settings.lease_seconds:
+        if self.spells.seconds(one, str(holder.get("until"))) > self.settings.lease_seconds:
             self._lost(one)
         return False
 
@@ -167,11 +168,11 @@ class Restores:
         self.claims.move(one, "Created", "Waiting", "no pod that it means has started yet")
         return True
 
-    def _watch(self, one: Object, before: dict[tuple[str, str], float], there: bool) -> None:
+    def _watch(self, one: Object, there: bool) -> None:
         """What can befall a Restore of ours: its pod goes, or a container never comes."""
         status = one["status"]
         if not there:
-            if self._seen(one, "gone", before) > self.settings.pod_wait_seconds:
+            if self.spells.seconds(one, "gone") > self.settings.pod_wait_seconds:
                 if status["phase"] == "Pending":
                     self._release(one)
                 else:
@@ -180,7 +181,7 @@ class Restores:
                         one, "PodGone", f"{text}. Make another Restore for its successor"
                     )
             return
-        waited = self._seen(one, "restoring", before)
+        waited = self.spells.seconds(one, "restoring")
         if status["phase"] == "Restoring" and waited > self.settings.restore_seconds:
             self.claims.fail(
                 one,
@@ -219,12 +220,6 @@ class Restores:
         for key in ("holder", "nodeName", "podUID", "targetPod"):
             status.pop(key, None)
         self.claims.move(one, "Created", "Waiting", text)
-
-    def _seen(self, one: Object, what: str, before: dict[tuple[str, str], float]) -> float:
-        """For how many seconds `what` has been so."""
-        key = (one["metadata"]["uid"], what)
-        self._since[key] = before.get(key, time.monotonic())
-        return time.monotonic() - self._since[key]
 
     # --- how it ended ---------------------------------------------------------------------
 

@@ -178,9 +178,9 @@ def test_of_two_agents_one_does_it(server, tmp_path):
     pods = Pods(), Pods()
     agents = [Agent(server, tmp_path, one, node=f"n{i}") for i, one in enumerate(pods)]
     looked = [agent.client.list()[0][0] for agent in agents]
-    agents[0]._look(looked[0], {})
+    agents[0]._look(looked[0])
     with pytest.raises(Conflict):
-        agents[1]._look(looked[1], {})
+        agents[1]._look(looked[1])
     for _ in range(3):
         for agent in agents:
             agent.settle(1)
@@ -195,15 +195,15 @@ def test_a_node_that_is_silent_is_lost_but_not_while_nobody_could_write(server, 
         Agent(server, tmp_path, pods).settle()
     other = Agent(server, tmp_path, Pods(None), node="n2", lease_seconds=1000)
     other.step()
-    key = next(iter(other._since))
-    other._since[key] -= 2000
+    key = next(iter(other.spells.since))
+    other.spells.since[key] -= 2000
     server.down = True
     with pytest.raises(ApiError):
         other.step()
     server.down = False
     other.step()
     assert server.status()["phase"] == "Checkpointing"
-    other._since[key] -= 2000
+    other.spells.since[key] -= 2000
     other.step()
     assert server.status()["phase"] == "Failed"
     assert "node n1" in server.message()
@@ -215,7 +215,7 @@ def lost(server, tmp_path, pods):
         Agent(server, tmp_path, pods).settle()
     other = Agent(server, tmp_path, Pods(None), node="n2")
     other.step()
-    other._since = {key: since - 2000 for key, since in other._since.items()}
+    other.spells.since = {key: since - 2000 for key, since in other.spells.since.items()}
     other.step()
     assert server.status()["conditions"][0]["reason"] == "NodeLost"
 
@@ -400,7 +400,7 @@ def test_pod_that_runs_nowhere(server, tmp_path):
     agent = Agent(server, tmp_path, Pods(None), pod_wait_seconds=1000)
     agent.settle()
     assert server.status()["phase"] == "Created"
-    agent._since = {key: since - 2000 for key, since in agent._since.items()}
+    agent.spells.since = {key: since - 2000 for key, since in agent.spells.since.items()}
     agent.settle(1)
     assert server.status()["phase"] == "Failed"
     assert "default/train runs on no node" in server.message()

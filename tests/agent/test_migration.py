@@ -98,7 +98,7 @@ def test_killed_between_the_steps(server, cluster, tmp_path, where, by):
     else:  # nothing in it is the lost node's own
         other = cluster.agent(server, tmp_path, Pods(None), node="n2")
         other.step()
-        other._since = {key: since - 1000 for key, since in other._since.items()}
+        other.spells.since = {key: since - 1000 for key, since in other.spells.since.items()}
         other.settle()
     assert server.status()["phase"] == "Submitted"
     assert server.status()["nodeName"] == "n1"

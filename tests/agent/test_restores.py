@@ -369,7 +369,9 @@ def test_a_node_that_is_silent_is_lost(node, server, checkpoints, tmp_path):
     main = node.container("c1")
     assert node.ask(main)
     other.agent.step()
-    other.agent._since = {key: since - 1000 for key, since in other.agent._since.items()}
+    other.agent.spells.since = {
+        key: since - 1000 for key, since in other.agent.spells.since.items()
+    }
     other.agent.step()
     assert phase(server) == ("Failed", "NodeLost")
     assert "node n1" in server.message()
