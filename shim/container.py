@@ -70,6 +70,11 @@ class Restore:
         return [Process.from_dict(plain) for plain in self.manifest.cuda_processes]
 
     @property
+    def in_lane(self) -> bool:
+        """Whether memory of theirs is in the lane's files, to be filled in before they run."""
+        return any(process.lane for process in self.processes)
+
+    @property
     def engine(self) -> str:
         return self.manifest.engine if self.manifest else "none"
 

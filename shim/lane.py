@@ -141,13 +141,7 @@ def refill(container: Container) -> None:
                     f"resume it: ctr -n {container.namespace} task resume {container.id}"
                 ) from error
             process.dropped_to = ""
-    container.phases["lane_fill"] = time.monotonic() - began
-    log.info(
-        "device memory filled in again",
-        id=container.id,
-        phase="lane_fill",
-        seconds=round(time.monotonic() - began, 3),
-    )
+    _log_filled("device memory filled in again", container, began)
 
 
 def fill_restored(container: Container, found: Restore) -> None:
@@ -166,13 +160,7 @@ def fill_restored(container: Container, found: Restore) -> None:
     if wanted:
         lost = ", ".join(map(str, wanted.values()))
         raise CudaError(f"{lost}: not among the restored processes", {})
-    container.phases["lane_fill"] = time.monotonic() - began
-    log.info(
-        "device memory filled in",
-        id=container.id,
-        phase="lane_fill",
-        seconds=round(time.monotonic() - began, 3),
-    )
+    _log_filled("device memory filled in", container, began)
 
 
 def files(manifest: Manifest) -> set[str]:
@@ -202,6 +190,11 @@ def let_run(container: Container, directory: str) -> None:
                 os.kill(pids[inner], signal.SIGCONT)
             except ProcessLookupError:
                 continue
+
+
+def _log_filled(message: str, container: Container, began: float) -> None:
+    took = container.phases["lane_fill"] = time.monotonic() - began
+    log.info(message, id=container.id, phase="lane_fill", seconds=round(took, 3))
 
 
 def _pids(container: Container) -> dict[tuple[int, ...], int]:

@@ -196,10 +196,10 @@ def start(container: Container, pod: Pod) -> bytes:
     container.phases["criu_restore"] = criu
     try:
         uts.give(names, spec, messages.StartResponse.decode(reply).pid)
-        if any(process.lane for process in found.processes):
+        if found.in_lane:
             lane.fill_restored(container, found)
         _thaw(container)
-        if any(process.lane for process in found.processes):
+        if found.in_lane:
             lane.let_run(container, found.images)
         failpoint.reach("restore-gpu")
         journal.note(container, journal.RESTORING_GPU)
@@ -387,7 +387,7 @@ def _write_criu_config(
         lines.append(("libdir", gpu.plugin_directory(settings)))
     elif found.engine == "driver":
         lines.append(("libdir", criu_config.NO_PLUGINS))
-    if any(process.lane for process in found.processes):
+    if found.in_lane:
         lines.append(("leave-stopped", None))  # until `lane` has filled them in
     base = notes.get(request.CONFIG_ANNOTATION, request.DEFAULT_CONFIG_FILE) or None
     path = os.path.join(container.bundle, bundle.RESTORE_CONFIG)

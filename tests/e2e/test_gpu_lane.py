@@ -58,6 +58,13 @@ def manifest(node: Node, images: str) -> Any:
     return json.loads(node.path(f"{images}/grit.json").read_text())
 
 
+def end_by_checkpoint(job: Job, images: str) -> None:
+    job.checkpoint_task(images, "--exit")
+    until("the container's end", lambda: job.status() == "STOPPED")
+    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    job.end()
+
+
 def lane_bytes(node: Node, images: str) -> int:
     """Of the files that the manifest says are the lane's, all of which are there."""
     shards = [s for process in manifest(node, images)["cuda_processes"] for s in process["lane"]]
@@ -91,10 +98,7 @@ def test_ends_and_comes_back(gpu_node: Place, start_job: StartJob, images: str) 
     job = start_job("--procs", "ctx,cpu", runtime=honouring(node))
     names = [STATUS, f"{STATUS}.p0", f"{STATUS}.p1"]
     before = [job.next_report(name) for name in names]
-    job.checkpoint_task(images, "--exit")
-    until("the container's end", lambda: job.status() == "STOPPED")
-    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
-    job.end()
+    end_by_checkpoint(job, images)
     assert lane_bytes(node, images) >= 2 * 4 * MIB
     again = restored_by_annotation(start_job, images)
     for name, one in zip(names, before, strict=True):
@@ -195,10 +199,7 @@ def test_a_damaged_file_is_refused_before_anything_runs(
     node, _ = gpu_node
     configure(node, **SETTINGS)
     job = start_job(runtime=honouring(node))
-    job.checkpoint_task(images, "--exit")
-    until("the container's end", lambda: job.status() == "STOPPED")
-    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
-    job.end()
+    end_by_checkpoint(job, images)
     (shard,) = node.path(images).glob("lane-*")
     data = shard.read_bytes()
     if how == "flipped":
