@@ -41,9 +41,12 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="restore-watch", daemon=True)
         self._seen: dict[int, int] = {}
         """CRIU and what it has started, by pid with the start time: a pid alone may be somebody
-        else's later. One that lost its parent is found nowhere else."""
+        else's later."""
+        self._others: list[int] = []
+        """What ran below the inner shim before: a container's own program may be named criu."""
 
     def __enter__(self) -> Watch:
+        self._others = _children(self._inner)
         self._thread.start()
         return self
 
@@ -84,7 +87,11 @@ class Watch:
         """Ends CRIU and all that it has brought back. Not runc: it removes what it has recorded of
         the container when CRIU's socket closes, and would leave it if it were killed."""
         self.ended = self.ended or why
-        for pid in list(self._seen):
+        # What lost its parent before it was looked at is the inner shim's now, by CRIU's name.
+        ours = set(_children(self._inner)) - set(self._others)
+        orphans = [pid for pid in ours if _is_criu(pid)]
+        for pid in [*self._seen, *orphans]:
+            self._seen.setdefault(pid, group.start_time(pid))
             self._seen |= {below: group.start_time(below) for below in _descendants(pid)}
         for pid, started in self._seen.items():
             if started and group.start_time(pid) == started:
@@ -159,12 +166,18 @@ def _descendants(pid: int) -> Iterator[int]:
 
 def _died(pid: int) -> bool:
     """Whether it is a CRIU that has ended and that runc has not asked for."""
+    return _is_criu(pid, state=b"Z")
+
+
+def _is_criu(pid: int, state: bytes = b"") -> bool:
+    """Whether it goes by CRIU's name, as what CRIU restores does until late; in that `state`, or in
+    any."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             name, _, rest = file.read().partition(b"(")[2].rpartition(b")")
     except OSError:
         return False
-    return name.startswith(b"criu") and rest.split()[0] == b"Z"
+    return name.startswith(b"criu") and state in (b"", rest.split()[0])
 
 
 def _words(pid: int) -> list[bytes]:
