@@ -101,6 +101,7 @@ class GritOptions(_Settings):
     agent_timeout: float = 10.0  # seconds
     together_timeout: float = 60.0  # seconds
     pause_timeout: float = 0.0  # seconds; 0: never
+    prefault: Literal["auto", "off"] = "auto"
     lane: Literal["auto", "off"] = "auto"
     lane_from: int = 64 * 1024 * 1024  # bytes of a region
     lane_threads: int = 0  # as many as there are processors
@@ -248,6 +249,7 @@ _GRIT: dict[str, Check] = {
     "agent_timeout": _seconds(24 * 3600),
     "together_timeout": _seconds(24 * 3600),
     "pause_timeout": _seconds_or_never(7 * 24 * 3600),
+    "prefault": _one_of("auto", "off"),
     "lane": _one_of("auto", "off"),
     "lane_from": _integer(4096, 2**63 - 1),
     "lane_threads": _integer(0, 256),

@@ -6,6 +6,7 @@ process started.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 
 from shim import failpoint, headroom, journal, log, places
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from shim.cuda.engine import Policy
     from shim.cuda.survey import Survey
     from shim.cuda.suspension import Process, Suspension
+
+_MOST_THREADS = 16
+"""More did not help on 16 processors, and each holds a buffer of 4 MiB."""
 
 PLUGIN_DIRECTORY = "/usr/lib/criu"
 """Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
@@ -194,9 +198,15 @@ def policy(config: GritOptions) -> Policy:
         engine=config.engine,
         lock_timeout=config.lock_timeout,
         copy_timeout=config.dump_timeout,
+        prefault=(config.lane_from, threads(config)) if config.prefault == "auto" else None,
         plugin_dir=plugin_directory(config),
         criu_version=criu_version,
     )
+
+
+def threads(config: GritOptions) -> int:
+    """How many are to move device memory at a time."""
+    return config.lane_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shim.config import GritOptions
     from shim.container import Container, Restore
     from shim.cuda.driver import Driver
     from shim.cuda.shards import Shard
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
 PREFIX = "lane-"
 
 _FREEZE_SECONDS = 10.0
-
-_MOST_THREADS = 16
-"""More did not help on 16 processors, and each holds a buffer of 4 MiB."""
 
 
 class NotRefilled(Exception):
@@ -72,7 +68,7 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
             driver.lane_drop(
                 container.freezer(),
                 [(p.pid, start, end) for p in took for start, end in _spans(p)],
-                threads=_threads(container.config),
+                threads=gpu.threads(container.config),
                 timeout=container.config.dump_timeout,
             )
         except (CudaError, OSError, failpoint.Reached) as error:
@@ -233,7 +229,7 @@ def _written(container: Container, driver: Driver, process: Process, directory: 
             end,
             directory,
             f"{PREFIX}{process.inner[0]}-{number}-",
-            threads=_threads(settings),
+            threads=gpu.threads(settings),
             direct=settings.lane_direct,
             algorithm=digests.algorithm(settings),
             timeout=settings.dump_timeout,
@@ -256,7 +252,7 @@ def _filled(
             shards[0].start,
             directory,
             shards,
-            threads=_threads(container.config),
+            threads=gpu.threads(container.config),
             fresh=fresh,
             algorithm=algorithm,
             timeout=container.config.dump_timeout,
@@ -277,7 +273,3 @@ def _ranges(shards: list[Shard]) -> Iterator[list[Shard]]:
 
 def _spans(process: Process) -> list[tuple[int, int]]:
     return [(part[0].start, part[-1].start + part[-1].size) for part in _ranges(process.lane)]
-
-
-def _threads(settings: GritOptions) -> int:
-    return settings.lane_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)

@@ -81,8 +81,9 @@ class Driver:
         return self._current().wait_until_ready()
 
     def call(self, action: str, pid: int, *, timeout: float, argument: str = "") -> Answer:
-        """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint, restore
-        (argument: device map) or unlock; or the question to NVML that `survey` asks; or shed
+        """One driver call: state, restore_tid, lock (argument: milliseconds), checkpoint
+        (argument: those of `prefault.prefaulted` after the pid, with commas), restore (argument:
+        device map) or unlock; or the question to NVML that `survey` asks; or shed
         (argument: a forked.Inheritance). Returns within `timeout` seconds of the helper being up.
 
         Raises CallAbandoned after that, HelperDied where the helper went away meanwhile or does

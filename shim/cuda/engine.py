@@ -42,10 +42,18 @@ class _NoAnswer(CudaError):
 class Policy:
     """How to suspend. `engine`: "auto", "driver" or "plugin"; `lock_timeout`: seconds within which
     every process must be locked; `copy_timeout`: seconds for device memory to reach the host, and
-    for it to go back; `plugin_dir`: where `cuda_plugin.so` lies; `criu_version`: asked only where
+    for it to go back; `prefault`: the least bytes and the threads of `prefaulted`, if it is to be
+    done; `plugin_dir`: where `cuda_plugin.so` lies; `criu_version`: asked only where
     the plugin engine is considered, raises or returns e.g. (4, 1, 1)."""
 
-    __slots__ = ("copy_timeout", "criu_version", "engine", "lock_timeout", "plugin_dir")
+    __slots__ = (
+        "copy_timeout",
+        "criu_version",
+        "engine",
+        "lock_timeout",
+        "plugin_dir",
+        "prefault",
+    )
 
     def __init__(
         self,
@@ -53,12 +61,14 @@ class Policy:
         engine: str,
         lock_timeout: float,
         copy_timeout: float,
+        prefault: tuple[int, int] | None,
         plugin_dir: str,
         criu_version: Callable[[], tuple[int, int, int]],
     ) -> None:
         self.engine = engine
         self.lock_timeout = lock_timeout
         self.copy_timeout = copy_timeout
+        self.prefault = prefault
         self.plugin_dir = plugin_dir
         self.criu_version = criu_version
 
@@ -331,7 +341,10 @@ class _Suspend:
     def copy(self, process: Process) -> None:
         try:
             before = discovery.anonymous_memory(process.pid)
-            answer = self.driver.call("checkpoint", process.pid, timeout=self.policy.copy_timeout)
+            prefault = self.prefault(process)
+            answer = self.driver.call(
+                "checkpoint", process.pid, timeout=self.policy.copy_timeout, argument=prefault
+            )
             _note(process, "checkpoint", answer, self.began)
             if not answer.ok:
                 raise CudaError(
@@ -348,8 +361,15 @@ class _Suspend:
         if new:
             process.region, process.regions = new[0], new
             process.device_bytes = new[0][1] - new[0][0]
+            if prefault and answer.name:
+                process.note = f"the memory for its copy was left to the kernel: {answer.name}"
         else:
             process.note = "the driver reports a copy, but no memory appeared in the process"
+
+    def prefault(self, process: Process) -> str:
+        if not (self.policy.prefault and process.restore_tid):
+            return ""
+        return ",".join(map(str, (process.restore_tid, *self.policy.prefault)))
 
     def undone(self, error: Exception) -> CudaError:
         """Puts everything back and tells what became of it."""

@@ -67,6 +67,8 @@ def _answer(
             code, value, name = states.SUCCESS, 0, ""
         elif action.startswith("lane_"):
             code, value, name = states.SUCCESS, 0, _move(action, int(pid), argument)
+        elif action == "checkpoint" and argument:
+            code, value, name = _prefaulted_copy(backend, cuda, int(pid), argument)
         else:
             code, value = _perform(backend, action, int(pid), argument)
             name = cuda.error_name(code)
@@ -77,6 +79,17 @@ def _answer(
         peer.send(_line(number, code, name, value, started, ended))
     except OSError:
         os._exit(0)  # the shim is gone
+
+
+def _prefaulted_copy(
+    backend: LibCuda | NvidiaCommand, cuda: LibCuda, pid: int, argument: str
+) -> tuple[int, int, str]:
+    """Its name is, where the copy was made, why it was made without that; "" if it was not."""
+    from shim.cuda.prefault import prefaulted
+
+    with prefaulted(pid, *map(int, argument.split(","))) as failures:
+        code, value = backend.checkpoint(pid)
+    return code, value, cuda.error_name(code) if code else "; ".join(failures)
 
 
 def _survey(pids: str, cuda: LibCuda) -> str:

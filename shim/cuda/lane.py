@@ -22,7 +22,8 @@ from typing import Any
 from shim import digests
 from shim.cuda._memory import ffi
 from shim.cuda.errors import LaneError
-from shim.cuda.inject import Injected, InjectionError, calling
+from shim.cuda.inject import Injected, calling
+from shim.cuda.ptrace import TraceError
 from shim.cuda.shards import Shard, cut
 from shim.cuda.still import held, living_threads
 
@@ -199,7 +200,7 @@ def drop(group: str, ranges: list[tuple[int, int, int]], *, threads: int, second
                 for pid in {pid for pid, _, _ in ranges}:
                     mine = [(start, end) for p, start, end in ranges if p == pid]
                     _dropped_by(pid, mine, threads, deadline)
-        except InjectionError as error:
+        except TraceError as error:
             failure = f": {error}"
         try:
             left = [
@@ -230,7 +231,7 @@ def _dropped_by(pid: int, ranges: list[tuple[int, int]], threads: int, deadline:
         callers = [stack.enter_context(calling(tid)) for tid in living_threads(pid)[:threads]]
         while pieces:
             if time.monotonic() > deadline:
-                raise InjectionError("it took too long")
+                raise TraceError("it took too long")
             begun = []
             for caller in callers[: len(pieces)]:
                 at, size = pieces.pop()
@@ -242,10 +243,10 @@ def _dropped_by(pid: int, ranges: list[tuple[int, int]], threads: int, deadline:
                 raise failures[0]
 
 
-def _failure_of(caller: Injected) -> InjectionError | None:
+def _failure_of(caller: Injected) -> TraceError | None:
     try:
         caller.result()
-    except InjectionError as error:
+    except TraceError as error:
         return error
     return None
 

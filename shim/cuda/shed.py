@@ -19,7 +19,7 @@ _PAGE = 4096
 
 
 def shed(pid: int, what: Inheritance) -> None:
-    """Raises inject.InjectionError or OSError, with the process going on; what was taken by then
+    """Raises ptrace.TraceError or OSError, with the process going on; what was taken by then
     stays taken, and can be taken again."""
     with stopped(pid) as process:
         for start, end, allowed in what.mappings:

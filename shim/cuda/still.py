@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from shim import cgroup
 from shim.criu_bridge import freezer
-from shim.cuda.inject import InjectionError, let_go, seize, wait_for_stop
+from shim.cuda.ptrace import TraceError, let_go, seize, wait_for_stop
 
 _SECONDS = 10.0
 _DEAD = "ZX"
@@ -23,9 +23,9 @@ _DEAD = "ZX"
 @contextmanager
 def held(group: str) -> Iterator[None]:
     """The frozen control group `group`, thawed, with no thread running: `inject.calling` works on
-    each. Frozen again afterwards. Raises InjectionError."""
+    each. Frozen again afterwards. Raises TraceError."""
     if freezer.state(group) != freezer.FROZEN:
-        raise InjectionError(f"{group} is not frozen")
+        raise TraceError(f"{group} is not frozen")
     seized: dict[int, int] = {}
     try:
         for pid in cgroup.processes(group):
@@ -33,7 +33,7 @@ def held(group: str) -> Iterator[None]:
                 seize(tid)
                 seized[tid] = 0
         if not freezer.put_back(group, freezer.THAWED, _SECONDS):
-            raise InjectionError(f"{group} was not thawed within {_SECONDS:.0f} s")
+            raise TraceError(f"{group} was not thawed within {_SECONDS:.0f} s")
         for tid in seized:
             seized[tid] = wait_for_stop(tid)
         yield
@@ -43,7 +43,7 @@ def held(group: str) -> Iterator[None]:
         for tid, signal_due in seized.items():
             let_go(tid, signal_due)
         if not freezer.put_back(group, freezer.FROZEN, _SECONDS):
-            raise InjectionError(f"{group} was not frozen again within {_SECONDS:.0f} s")
+            raise TraceError(f"{group} was not frozen again within {_SECONDS:.0f} s")
 
 
 def living_threads(pid: int) -> list[int]:

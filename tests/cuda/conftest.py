@@ -104,6 +104,7 @@ def new_policy(
         engine=engine,
         lock_timeout=lock_timeout,
         copy_timeout=copy_timeout,
+        prefault=(4096, 2),
         plugin_dir="/nonexistent",
         criu_version=lambda: (4, 1, 1),
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from shim.criu_bridge import freezer as freezers
-from shim.cuda.inject import InjectionError, calling
+from shim.cuda.inject import calling
+from shim.cuda.ptrace import TraceError
 from shim.cuda.still import held
 from tests.cuda.freezer import Freezer
 from tests.cuda.waiting import until
@@ -85,7 +86,7 @@ def test_a_running_group_is_refused(
     counting: tuple[subprocess.Popen[str], int, mmap.mmap], freezer: Freezer
 ) -> None:
     freezer.add(counting[0].pid)
-    with pytest.raises(InjectionError, match="not frozen"), held(freezer.directory):
+    with pytest.raises(TraceError, match="not frozen"), held(freezer.directory):
         pass
 
 
@@ -97,7 +98,7 @@ def test_it_is_frozen_again_after_an_error(
     with freezer.frozen():
         before = counts[:2]
         with (
-            pytest.raises(InjectionError, match=r"Bad address|Invalid argument"),
+            pytest.raises(TraceError, match=r"Bad address|Invalid argument"),
             held(freezer.directory),
             calling(process.pid) as injected,
         ):

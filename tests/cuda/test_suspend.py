@@ -68,6 +68,7 @@ def test_a_life_cycle(board: SimGpu, workload: Start, driver: Driver, policy: Po
     assert not discovery.holds_devices(one.pid)
     assert process.device_bytes == 4 * MIB and process.note == ""
     assert process.region in discovery.anonymous_memory(one.pid)
+    assert asked_for_huge_pages(one.pid, process.region)
     assert process.restore_tid in map(int, os.listdir(f"/proc/{one.pid}/task"))
     assert process.restore_tid != one.pid
 
@@ -205,12 +206,12 @@ def test_what_somebody_else_had_locked_or_copied_is_left_as_found(
     workload: Start, driver: Driver, policy: Policy
 ) -> None:
     free, locked, copied = workload(), workload(), workload()
-    for pid, action in (
-        (locked.pid, "lock"),
-        (copied.pid, "lock"),
-        (copied.pid, "checkpoint"),
+    for pid, action, argument in (
+        (locked.pid, "lock", "0"),
+        (copied.pid, "lock", "0"),
+        (copied.pid, "checkpoint", ""),
     ):
-        assert driver.call(action, pid, timeout=30, argument="0").ok
+        assert driver.call(action, pid, timeout=30, argument=argument).ok
 
     suspension = engine.suspend(pids_of(free, locked, copied), driver, policy)
 
@@ -607,3 +608,8 @@ def test_nothing_is_left_open_or_unreaped(board: SimGpu, workload: Start, driver
 
 def comm(workload: Workload) -> str:
     return discovery.identify(workload.pid).comm
+
+
+def asked_for_huge_pages(pid: int, region: tuple[int, int]) -> bool:
+    _, _, rest = Path(f"/proc/{pid}/smaps").read_text().partition(f"{region[0]:x}-{region[1]:x} ")
+    return " hg" in rest.partition("VmFlags:")[2].partition("\n")[0]

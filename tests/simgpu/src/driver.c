@@ -58,15 +58,17 @@ static CUresult op_lock(uint32_t timeout_ms, struct fault fault)
     return CUDA_SUCCESS;
 }
 
-/* The region, between two guard pages so that it never merges with a neighbour. A hidden one is no
- * memory of the process's own, as that of a driver that keeps the copy elsewhere. */
+/* The region, all of it made at once, as NVIDIA's driver has it (r580), between two guard pages so
+ * that it never merges with a neighbour. A hidden one is no memory of the process's own, as that of a
+ * driver that keeps the copy elsewhere. */
 static bool region_map(size_t bytes, bool hidden)
 {
     int kind = hidden ? MAP_SHARED : MAP_PRIVATE;
     char *base = mmap(NULL, bytes + 2 * GUARD, PROT_NONE, kind | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
         return false;
-    if (mprotect(base + GUARD, bytes, PROT_READ | PROT_WRITE) != 0) {
+    if (mmap(base + GUARD, bytes, PROT_READ | PROT_WRITE,
+             kind | MAP_ANONYMOUS | MAP_FIXED | MAP_POPULATE, -1, 0) == MAP_FAILED) {
         munmap(base, bytes + 2 * GUARD);
         return false;
     }
