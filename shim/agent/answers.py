@@ -9,7 +9,7 @@ from __future__ import annotations
 from shim.agent import fitting, podspec
 from shim.agent.api import ApiError, Unanswered
 from shim.agent.claims import CONDITION, HELD, condition
-from shim.agent.status import name_of, set_phase
+from shim.agent.status import age, name_of, set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.stored import NotACheckpoint
 
@@ -49,7 +49,7 @@ class Answers:
         if claimed:
             self.desk.answer(container, self._of_claimed(claimed[0], starting))
             return
-        for one in sorted(every, key=_age):
+        for one in sorted(every, key=age):
             if self._means(one, starting):
                 taken = self._claim(one, starting)
                 if taken:
@@ -68,7 +68,7 @@ class Answers:
             found = pod["metadata"].get("ownerReferences") if pod else None
             return {each["uid"] for each in found or []}
 
-        return fitting.means(one, starting, owners)
+        return fitting.means(one, starting.labels, owners)
 
     def _pod(self, starting: Starting) -> Object | None:
         """As the API server has it, None if it does not say. Raises Unanswered."""
@@ -189,7 +189,3 @@ def _refused(one: Object) -> dict[str, Any]:
 
 def _of_name(saved: dict[str, Stored], name: str) -> list[Stored]:
     return [one for one in (saved.get(name), saved.get("")) if one]
-
-
-def _age(one: Object) -> tuple[str, str]:
-    return (one["metadata"].get("creationTimestamp", ""), name_of(one))

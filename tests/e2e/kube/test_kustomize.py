@@ -23,6 +23,7 @@ images:
   - name: containerd-shim-grit-agent
     newName: registry.example/grit/agent
 """
+HOOKED = f"{OVERLAY}components: [../kubernetes/webhook]\n"
 
 
 def test_the_base_and_an_overlay(plane: ControlPlane) -> None:
@@ -34,18 +35,32 @@ def test_the_base_and_an_overlay(plane: ControlPlane) -> None:
     def built(directory: str) -> list[Any]:
         return list(yaml.safe_load_all(plane.kubectl("kustomize", directory).stdout))
 
-    files = {path for path in PACKAGED.rglob("*.yaml") if path.parent.name != "examples"}
+    apart = ("examples", "webhook")
+    files = {path for path in PACKAGED.rglob("*.yaml") if path.parent.name not in apart}
     files -= {PACKAGED / "kustomization.yaml"}
     written = [one for path in files for one in yaml.safe_load_all(path.read_text())]
     base = built("/root/kubernetes")
     assert sorted(base, key=str) == sorted(written, key=str)
 
-    images = {
+    renamed = {f"registry.example/grit/{name}:{__version__}" for name in ("agent", "installer")}
+    overlay = built("/root/overlay")
+    assert images_of(overlay) == renamed
+    assert "grit-webhook" not in str(overlay)
+
+    node.path("/root/overlay/kustomization.yaml").write_text(HOOKED)
+    hooked = built("/root/overlay")
+    assert images_of(hooked) == renamed
+    (configuration,) = [one for one in hooked if one["kind"] == "MutatingWebhookConfiguration"]
+    (hook,) = configuration["webhooks"]
+    assert hook["failurePolicy"] == "Ignore"
+    names = {one["metadata"]["name"] for one in hooked if one["kind"] == "Service"}
+    assert names == {hook["clientConfig"]["service"]["name"]}
+
+
+def images_of(manifests: list[Any]) -> set[str]:
+    return {
         container["image"]
-        for one in built("/root/overlay")
-        if one["kind"] == "DaemonSet"
+        for one in manifests
+        if one["kind"] in ("DaemonSet", "Deployment")
         for container in one["spec"]["template"]["spec"]["containers"]
-    }
-    assert images == {
-        f"registry.example/grit/{name}:{__version__}" for name in ("agent", "installer")
     }

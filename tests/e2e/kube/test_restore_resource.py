@@ -185,6 +185,21 @@ def test_the_quick_start_as_written(clean: ControlPlane, both: tuple[Worker, Wor
     assert _began(successor, "side") > before["side"].time
     successor.remove()
     assert fresh(second.run(), before)
+    second.remove()
+
+    # One that the webhook has annotated is asked about nothing, and the Restore ends alike.
+    restore(plane, "hooked", {"app": "none"}, "demo")
+    waiting = in_phase(plane, "restore", "hooked", "Created", both)
+    taken = json.dumps({"status": {"phase": "Restoring"}})
+    patch = ("patch", "restore", "hooked", "--subresource=status", "--type=merge", "-p", taken)
+    plane.kubectl(*patch)
+    notes = {
+        "grit.dev/checkpoint": one["status"]["dataPath"],
+        "grit.dev/restore-uid": waiting["metadata"]["uid"],
+    }
+    third = b.kubelet.gpu_pod("train-4", "main", "side", labels=TRAIN, annotations=notes).run()
+    assert going_on(third, before)
+    in_phase(plane, "restore", "hooked", "Restored", both)
 
 
 def test_the_agent_is_killed_while_it_restores(
