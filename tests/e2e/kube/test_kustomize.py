@@ -1,28 +1,27 @@
 """`kubectl apply -k packaging/kubernetes`, as far as kubectl itself can tell: the base holds every
-manifest that lies there, and an overlay gives the image another registry."""
+manifest that lies there, and the documented overlay gives images another registry and the agent a
+store."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from shim import __version__
+from shim.agent import settings
 from tests.nodes.installed import REPOSITORY
 
 if TYPE_CHECKING:
     from tests.e2e.kube.control_plane import ControlPlane
 
 PACKAGED = REPOSITORY / "packaging/kubernetes"
-OVERLAY = """\
-resources: [../kubernetes]
-images:
-  - name: containerd-shim-grit-installer
-    newName: registry.example/grit/installer
-  - name: containerd-shim-grit-agent
-    newName: registry.example/grit/agent
-"""
+DOCUMENTED = re.compile(
+    r"^```yaml\n(# overlay/kustomization\.yaml\n.*?)^```$", re.DOTALL | re.MULTILINE
+)
+(OVERLAY,) = DOCUMENTED.findall((REPOSITORY / "docs/kubernetes.md").read_text())
 HOOKED = f"{OVERLAY}components: [../kubernetes/webhook]\n"
 
 
@@ -46,6 +45,16 @@ def test_the_base_and_an_overlay(plane: ControlPlane) -> None:
     overlay = built("/root/overlay")
     assert images_of(overlay) == renamed
     assert "grit-webhook" not in str(overlay)
+    (config,) = [one for one in overlay if one["kind"] == "ConfigMap"]
+    node.path("/root/agent.toml").write_text(config["data"]["agent.toml"])
+    found = settings.load(str(node.path("/root/agent.toml")), "node-1")
+    assert found.stores == {"shared": "/mnt/shared"}
+    (agent,) = [one for one in overlay if one["metadata"]["name"] == "grit-agent" and _runs(one)]
+    spec = agent["spec"]["template"]["spec"]
+    mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
+    volumes = {one["name"]: one for one in spec["volumes"]}
+    assert (mounts["config"], mounts["shared"]) == ("/etc/grit", "/mnt/shared")
+    assert volumes["config"]["configMap"]["name"] == config["metadata"]["name"]
 
     node.path("/root/overlay/kustomization.yaml").write_text(HOOKED)
     hooked = built("/root/overlay")
@@ -61,6 +70,10 @@ def images_of(manifests: list[Any]) -> set[str]:
     return {
         container["image"]
         for one in manifests
-        if one["kind"] in ("DaemonSet", "Deployment")
+        if _runs(one)
         for container in one["spec"]["template"]["spec"]["containers"]
     }
+
+
+def _runs(one: Any) -> bool:
+    return one["kind"] in ("DaemonSet", "Deployment")
