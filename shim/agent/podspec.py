@@ -20,7 +20,6 @@ _POD = (
     "hostIPC",
     "hostNetwork",
     "hostPID",
-    "hostUsers",
     "securityContext",
     "serviceAccountName",
     "shareProcessNamespace",
@@ -44,6 +43,8 @@ def parts(spec: dict[str, Any]) -> dict[str, str]:
     """A hash of each part that has to be shared: of the pod by the field's name, of a container by
     `<container>/<field>`. Values may be secrets, and are not kept."""
     found = {field: _hash(spec[field]) for field in _POD if spec.get(field)}
+    if spec.get("hostUsers") is False:  # of all others, false is what is not said
+        found["hostUsers"] = _hash(False)
     volumes = {one["name"]: one for one in spec.get("volumes") or []}
     for container in _containers(spec):
         of_container = {field: container.get(field) for field in _CONTAINER}

@@ -41,7 +41,7 @@ def pod(suffix, node):
         ],
         "volumes": [
             {"name": "data", "persistentVolumeClaim": {"claimName": "data-0"}},
-            {"name": token, "projected": {"sources": [{"serviceAccountToken": {}}]}},
+            {"name": token, "projected": {"sources": [{"serviceAccountToken": {"path": node}}]}},
         ],
     }
 
@@ -62,7 +62,7 @@ SAME = {
     "a volume's name": renamed,
     "an init container": lambda spec: spec["initContainers"][0].update(image="example/fetch:2"),
     "a new sidecar": lambda spec: spec["containers"].append({"name": "log", "image": "log:1"}),
-    "an empty field": lambda spec: spec.update(hostNetwork=False, hostIPC=None),
+    "an empty field": lambda spec: spec.update(hostNetwork=False, hostUsers=True),
 }
 
 OTHER = {
@@ -82,6 +82,7 @@ OTHER = {
         "volumeMounts of container main",
     ),
     "network": (lambda spec: spec.update(hostNetwork=True), "hostNetwork"),
+    "users": (lambda spec: spec.update(hostUsers=False), "hostUsers"),
     "account": (lambda spec: spec.update(serviceAccountName="x"), "serviceAccountName"),
     "native sidecar": (
         lambda spec: spec["initContainers"][1].update(image="x:1"),
