@@ -7,7 +7,9 @@ its pod's labels and owner.
     <container>.question        the shim's: the container is about to be created
     <container>.answer          the agent's: {"directory", "restore"} for a container that is to be
                                 restored, {"refused"} for one that must not start, {} for others
-    <container>.outcome         the shim's: {"restore", "name", "error"}, "" if it runs
+    <container>.outcome         the shim's: {"restore", "namespace", "name", "error"}, "" if it runs
+
+A pod that the optional webhook has annotated asks nothing, and tells the outcome alike.
 
 Every file comes by a rename, into a directory that is root's alone.
 """
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from shim.container import Container
 
 PENDING, QUESTION, ANSWER, OUTCOME = ".pending", ".question", ".answer", ".outcome"
+
+RESTORE_UID = "grit.dev/restore-uid"
+"""Which Restore has annotated the pod."""
 
 SILENT_SECONDS = 300.0
 """After this the agent is taken for dead: until then containers wait for it to come back, and
@@ -59,13 +64,26 @@ def ask(container: Container, spec: dict[str, Any]) -> str:
     return str(answer["restore"])
 
 
+def annotated(spec: dict[str, Any]) -> str:
+    """The uid of the Restore for which the webhook has annotated the container's pod, "" if none;
+    what it is must not be believed of another namespace."""
+    notes = bundle.annotations_of(spec)
+    told = cri.sandbox_id(notes) and cri.pod_namespace(notes) and not cri.is_sandbox(notes)
+    return notes.get(RESTORE_UID, "") if told else ""
+
+
 def tell(container: Container, error: str) -> None:
     """How the restore ended, "" for well. The container's fate does not hang on it."""
     import json
 
     try:
         notes = bundle.annotations_of(bundle.read_spec(container.bundle))
-        told = {"restore": container.meant, "name": cri.container_name(notes), "error": error}
+        told = {
+            "restore": container.meant,
+            "namespace": cri.pod_namespace(notes),
+            "name": cri.container_name(notes),
+            "error": error,
+        }
         bundle.replace(_path(container, OUTCOME), json.dumps(told), mode=0o600)
     except (OSError, ValueError) as problem:
         log.warning("the agent was not told of a restore", id=container.id, error=problem)

@@ -94,10 +94,13 @@ class Tasks:
         one = container.Container(self._inner, call.service, self._namespace, request, runc, ours)
         one.together, one.home = together, self._home
         restored = request.checkpoint or bundle.annotations_of(spec).get(bundle.RESTORE_ANNOTATION)
-        if not restored and os.path.isdir(places.INTENTS):
+        if os.path.isdir(places.INTENTS):
             from shim import intents
 
-            restored = one.meant = intents.ask(one, spec)
+            if restored:
+                one.meant = intents.annotated(spec)
+            else:
+                restored = one.meant = intents.ask(one, spec)
         return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
 
     def _create_one(

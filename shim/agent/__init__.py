@@ -6,8 +6,8 @@ this node.
 One runs on each node (a DaemonSet), as root, with containerd's socket, the stores and
 /run/containerd mounted. It needs the extra `agent` (`pip install containerd-shim-grit[agent]`) and
 in the group kaito.sh list, watch, get, update, delete of checkpoints, list, watch, get, create of
-restores, update of the status of both; and get and delete of pods for migrations and owners. Other
-pods are found in containerd's own records.
+restores, update of the status of both; get of pods (what successors have to share, owners), delete
+of pods (migrations), create of events. Pods to save are found in containerd's own records.
 
     --node        what the node is called in status.nodeName; NODE_NAME, else the host name
     --address     containerd's socket; CONTAINERD_ADDRESS
@@ -37,5 +37,6 @@ some time after it has finished.
 
 A Restore goes Created (each agent has it pending), Pending (one has claimed it for a pod that
 starts on its node), Restoring (the pod's shim was told), Restored or Failed. Agent and shim speak
-through files: shim/intents.py.
+through files: shim/intents.py. With the optional webhook (webhook.py) it goes from Created to
+Restoring when the pod is made.
 """

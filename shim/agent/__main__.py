@@ -12,9 +12,10 @@ import threading
 import click
 
 from shim.agent import settings
-from shim.agent.api import Api, ApiError, PodsApi
+from shim.agent.api import Api, ApiError, EventsApi, PodsApi
 from shim.agent.checkpoints import Checkpoints
 from shim.agent.desk import Desk
+from shim.agent.events import Events
 from shim.agent.migration import Migration
 from shim.agent.pods import Pods
 from shim.agent.restores import Restores
@@ -38,7 +39,9 @@ def main(config: str, node: str, address: str, kubeconfig: str | None) -> None:
     """Does what Checkpoint and Restore resources ask for on this node."""
     try:
         found = settings.load(config, node)
-        of_checkpoints, of_restores = Api("checkpoints", kubeconfig), Api("restores", kubeconfig)
+        events = Events(EventsApi(kubeconfig), node, _say)
+        of_checkpoints = Api("checkpoints", kubeconfig, events.changed)
+        of_restores = Api("restores", kubeconfig, events.changed)
         of_pods = PodsApi(kubeconfig)
     except (settings.SettingsError, ApiError) as error:
         raise click.ClickException(str(error)) from None

@@ -6,10 +6,10 @@ status before it is told: an agent that was killed answers the same when it is b
 
 from __future__ import annotations
 
-from shim.agent import fitting
+from shim.agent import fitting, podspec
 from shim.agent.api import ApiError, Unanswered
 from shim.agent.claims import CONDITION, HELD, condition
-from shim.agent.status import name_of, set_phase
+from shim.agent.status import age, name_of, set_phase
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl.stored import NotACheckpoint
 
@@ -49,7 +49,7 @@ class Answers:
         if claimed:
             self.desk.answer(container, self._of_claimed(claimed[0], starting))
             return
-        for one in sorted(every, key=_age):
+        for one in sorted(every, key=age):
             if self._means(one, starting):
                 taken = self._claim(one, starting)
                 if taken:
@@ -64,18 +64,22 @@ class Answers:
             return False  # a container that ended is not a pod that starts
 
         def owners() -> set[str]:
-            try:
-                pod = self.api_pods.get(starting.namespace, starting.pod)
-            except Unanswered:
-                raise
-            except ApiError as error:  # no right to: that must not hold up the namespace's pods
-                self.claims.say(f"the owner of pod {starting.pod} is not known: {error}")
-                return set()
-            if pod is None or pod["metadata"]["uid"] != starting.uid:
-                return set()
-            return {each["uid"] for each in pod["metadata"].get("ownerReferences") or []}
+            pod = self._pod(starting)
+            found = pod["metadata"].get("ownerReferences") if pod else None
+            return {each["uid"] for each in found or []}
 
-        return fitting.means(one, starting, owners)
+        return fitting.means(one, starting.labels, owners)
+
+    def _pod(self, starting: Starting) -> Object | None:
+        """As the API server has it, None if it does not say. Raises Unanswered."""
+        try:
+            pod = self.api_pods.get(starting.namespace, starting.pod)
+        except Unanswered:
+            raise
+        except ApiError as error:  # no right to: that must not hold up the namespace's pods
+            self.claims.say(f"owner and specification of pod {starting.pod} are not known: {error}")
+            return None
+        return pod if pod and pod["metadata"]["uid"] == starting.uid else None
 
     def _claim(self, one: Object, starting: Starting) -> Object | None:
         """The Restore, ours for this pod; None if the pod is not one that it can mean."""
@@ -88,7 +92,7 @@ class Answers:
             except (CheckpointDirError, NotACheckpoint):
                 pass  # told as soon as the pod is ours
             else:
-                if not self._is_saved(one, saved, starting):
+                if not self._is_saved(one, checkpoint, saved, starting):
                     return None
         text = f"pod {starting.pod} on node {self.claims.settings.node}"
         set_phase(one, "Pending", CONDITION, "Claimed", text)
@@ -100,14 +104,28 @@ class Answers:
         self.claims.say(f"restore {name_of(one)} is claimed for {text}")
         return self.claims.hold(one)
 
-    def _is_saved(self, one: Object, saved: dict[str, Stored], starting: Starting) -> bool:
-        """Whether the container is one of those saved; another program is told of."""
+    def _is_saved(
+        self, one: Object, checkpoint: Object, saved: dict[str, Stored], starting: Starting
+    ) -> bool:
+        """Whether the container is one of those saved, and its pod such a one; what differs is
+        told."""
         of_name = _of_name(saved, starting.name)
-        differs = fitting.other_program(of_name[0], starting) if of_name else ""
+        if not of_name:
+            return False
+        reason, differs = "OtherProgram", fitting.other_program(of_name[0], starting)
+        if not differs:
+            reason, differs = "OtherSpec", self._other_spec(checkpoint, starting)
         text = f"{differs}: not taken for the one that is meant; waits for another"
         if differs and condition(one).get("message") != text:
-            self.claims.move(one, "Created", "OtherProgram", text)
-        return bool(of_name) and not differs
+            self.claims.move(one, "Created", reason, text)
+        return not differs
+
+    def _other_spec(self, checkpoint: Object, starting: Starting) -> str:
+        """How the pod is specified otherwise than the one saved, as far as both are known."""
+        parts = checkpoint["status"].get("podSpecParts")
+        pod = self._pod(starting) if parts else None
+        differs = podspec.differences(parts, podspec.parts(pod["spec"])) if pod else ""
+        return differs and f"pod {starting.pod} is not as the one saved: it {differs}"
 
     def _of_claimed(self, one: Object, starting: Starting) -> dict[str, Any]:
         """What a container of a pod that was claimed is told."""
@@ -171,7 +189,3 @@ def _refused(one: Object) -> dict[str, Any]:
 
 def _of_name(saved: dict[str, Stored], name: str) -> list[Stored]:
     return [one for one in (saved.get(name), saved.get("")) if one]
-
-
-def _age(one: Object) -> tuple[str, str]:
-    return (one["metadata"].get("creationTimestamp", ""), name_of(one))

@@ -6,6 +6,7 @@ a migration, and a Restore by owner, need more of it than custom resources.
 
 from __future__ import annotations
 
+import functools
 import json
 
 TYPE_CHECKING = False
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 GROUP, VERSION = "kaito.sh", "v1alpha1"
 _CALL_SECONDS = 10
+_CONNECTIONS = 8
+"""By itself the library keeps five for each processor, and for each kind of resource."""
 
 
 class ApiError(Exception):
@@ -32,14 +35,20 @@ class Unanswered(ApiError):
 
 
 class Api:
-    """The resources of one kind, by its `plural`, in all namespaces. All raise ApiError."""
+    """The resources of one kind, by its `plural`, in all namespaces. All raise ApiError. `changed`
+    gets each whose status was written, as it then is."""
 
-    def __init__(self, plural: str, kubeconfig: str | None) -> None:
+    def __init__(
+        self,
+        plural: str,
+        kubeconfig: str | None,
+        changed: Callable[[Object], None] = lambda one: None,
+    ) -> None:
         from kubernetes import client
 
-        _configure(kubeconfig)
-        self._calls = client.CustomObjectsApi()
+        self._calls = client.CustomObjectsApi(_client(kubeconfig))
         self._plural = plural
+        self._changed = changed
 
     def list(self) -> tuple[list[Object], str]:
         """All, and the resourceVersion to `wait` from."""
@@ -100,7 +109,10 @@ class Api:
 
     def put_status(self, one: Object) -> Object | None:
         """As `put`, but writes only the status."""
-        return self._put(self._calls.replace_namespaced_custom_object_status, one)
+        found = self._put(self._calls.replace_namespaced_custom_object_status, one)
+        if found:
+            self._changed(found)
+        return found
 
     def delete(self, one: Object) -> None:
         """Deletes this very resource, not a later one of the same name."""
@@ -141,8 +153,7 @@ class PodsApi:
     def __init__(self, kubeconfig: str | None) -> None:
         from kubernetes import client
 
-        _configure(kubeconfig)
-        self._calls = client.CoreV1Api()
+        self._calls = client.CoreV1Api(_client(kubeconfig))
 
     def get(self, namespace: str, name: str) -> Object | None:
         def ask() -> Any:
@@ -176,7 +187,30 @@ class PodsApi:
             pass  # its successor has that name
 
 
-def _configure(kubeconfig: str | None) -> None:
+class EventsApi:
+    """Events, as far as they are made. Raises ApiError, Conflict if there is one of that name."""
+
+    def __init__(self, kubeconfig: str | None) -> None:
+        from kubernetes import client
+
+        self._calls = client.CoreV1Api(_client(kubeconfig))
+
+    def create(self, event: Object) -> None:
+        _asked(
+            lambda: self._calls.create_namespaced_event(
+                event["metadata"]["namespace"],
+                event,
+                _preload_content=False,
+                _request_timeout=_CALL_SECONDS,
+            )
+        )
+
+
+@functools.cache
+def _client(kubeconfig: str | None) -> Any:
+    """One for all resources: its connections are kept, at most `_CONNECTIONS`."""
+    import logging
+
     from kubernetes import client, config
 
     try:
@@ -192,7 +226,10 @@ def _configure(kubeconfig: str | None) -> None:
     found = client.Configuration.get_default_copy()
     # The library asks four times what is not answered in time: longer than a claim lasts.
     found.retries = False
-    client.Configuration.set_default(found)
+    found.connection_pool_maxsize = _CONNECTIONS
+    # More are made where more is asked at once, and closed: no news.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return client.ApiClient(found)
 
 
 class _Gone(ApiError):

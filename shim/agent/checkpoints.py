@@ -22,6 +22,7 @@ import threading
 import time
 
 from shim import checkpoint_dir
+from shim.agent import podspec
 from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.migration import NotMigrated
 from shim.agent.settings import UnknownStore
@@ -334,8 +335,11 @@ class Checkpoints:
             self._end(one, "Failed", "NotBegun", f"{error}. {left}")
             return
 
+        asked_for = self._podspec(one)
+
         def begun(status: dict[str, Any]) -> None:
             status |= {"dataPath": directory, "attempts": status.get("attempts", 0) + 1}
+            status |= asked_for
 
         text = f"the pod is written to {directory}"
         if not self._write(one, "Checkpointing", "Running", text, begun):
@@ -353,6 +357,21 @@ class Checkpoints:
                 self._end(one, "Failed", "CheckpointFailed", str(error))
         else:
             self._done(one, directory)
+
+    def _podspec(self, one: Object) -> dict[str, Any]:
+        """What its successor has to share with the pod, for the status; nothing if the API server
+        does not know it. Raises Unanswered."""
+        try:
+            pod = self.migration.pod(one)
+        except Unanswered:
+            raise
+        except ApiError as error:
+            self.say(f"checkpoint {_name(one)}: the pod's specification is not known: {error}")
+            return {}
+        if pod is None:  # a static pod
+            return {}
+        parts = podspec.parts(pod["spec"])
+        return {"podSpecHash": podspec.digest(parts), "podSpecParts": parts}
 
     def _done(self, one: Object, directory: str, but: str = "") -> None:
         size = self.pods.saved_bytes(directory)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 USABLE = ("Checkpointed", "Submitting", "Submitted")
 
 
-def means(restore: Object, starting: Starting, owners: Callable[[], set[str]]) -> bool:
-    """Whether the pod has the labels and the owner that the Restore asks for, both if it names
-    both. `owners` are the uids of the pod's."""
+def means(restore: Object, labels: dict[str, str], owners: Callable[[], set[str]]) -> bool:
+    """Whether a pod of such labels and owners is one that the Restore asks for, by both if it names
+    both. `owners` are uids."""
     spec = restore["spec"]
     owner, selector = (spec.get("ownerRef") or {}).get("uid", ""), spec.get("selector")
-    if selector is not None and not selects(selector, starting.labels):
+    if selector is not None and not selects(selector, labels):
         return False
     return owner in owners() if owner else selector is not None
 

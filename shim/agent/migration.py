@@ -27,7 +27,7 @@ class Migration:
 
     def refused(self, checkpoint: Object) -> str:
         """Why the pod cannot be migrated, "" if it can."""
-        pod = self._pod(checkpoint)
+        pod = self.pod(checkpoint)
         if pod is None:
             return (
                 "the API server knows no such pod of that uid, so nobody would make its successor"
@@ -53,7 +53,7 @@ class Migration:
     def submit(self, checkpoint: Object, wait: Callable[[], bool]) -> str:
         """Makes the Restore, has all agents know of it, then deletes the pod; what was done.
         `wait` lets some time pass, and says that there is none left. Raises NotMigrated."""
-        meta, pod = checkpoint["metadata"], self._pod(checkpoint)
+        meta, pod = checkpoint["metadata"], self.pod(checkpoint)
         if pod is not None:
             self._restores.create(_restore(checkpoint, pod))
         while True:
@@ -75,8 +75,8 @@ class Migration:
         name = checkpoint["spec"]["podName"]
         return f"pod {name} is deleted; the Restore {name_of(restore)} waits for its successor"
 
-    def _pod(self, checkpoint: Object) -> Object | None:
-        """The very pod that was saved, None if it has gone."""
+    def pod(self, checkpoint: Object) -> Object | None:
+        """The very pod that is saved, None if it has gone."""
         meta = checkpoint["metadata"]
         pod = self._pods.get(meta["namespace"], checkpoint["spec"]["podName"])
         if pod is None or pod["metadata"]["uid"] != checkpoint["status"].get("podUID"):

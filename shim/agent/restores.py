@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 LOST = "NodeLost"
 _AGAIN_SECONDS = 1.0
+_ANNOTATED = (
+    "The pod is annotated with the checkpoint, and does not start without it: delete the pod; its "
+    "successor starts from its beginning"
+)
 
 
 class Restores:
@@ -150,6 +154,8 @@ class Restores:
             return self._accept(one)
         if phase == "Created":
             return True
+        if not holder:  # the webhook has annotated a pod, which asks nothing
+            return False
         if self.claims.ours(one):
             self._watch(one, status["podUID"] in here)
             return True
@@ -227,9 +233,13 @@ class Restores:
         """Writes down what the shims have told, and forgets what nobody waits for."""
         told: dict[str, dict[str, dict[str, Any]]] = {}
         all_told = self.desk.outcomes()
-        for container, outcome in all_told.items():
-            told.setdefault(str(outcome.get("restore")), {})[container] = outcome
         known = {one["metadata"]["uid"]: one for one in self.api.list()[0]}
+        for container, outcome in all_told.items():
+            uid = str(outcome.get("restore"))
+            if uid in known and _elsewhere(known[uid], outcome):
+                self.desk.forget(container)  # a pod may be annotated with what is not its own
+            else:
+                told.setdefault(uid, {})[container] = outcome
         for uid, outcomes in told.items():
             one = known.get(uid)
             if one and self.claims.ours(one) and _reason(one) == LOST:
@@ -246,7 +256,8 @@ class Restores:
     def _ended(self, one: Object, outcomes: list[dict[str, Any]]) -> bool:
         errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
         if errors:
-            self.claims.fail(one, "RestoreFailed", f"{'; '.join(errors)}. {HELD}")
+            held = HELD if one["status"].get("holder") else _ANNOTATED
+            self.claims.fail(one, "RestoreFailed", f"{'; '.join(errors)}. {held}")
             return True
         checkpoint = self.claims.checkpoint_of(one)
         names = {str(outcome["name"]) for outcome in outcomes}
@@ -261,6 +272,11 @@ class Restores:
         text = f"{', '.join(sorted(names))} of pod {one['status'].get('targetPod')} run again"
         self.claims.move(one, "Restored", "Complete", text)
         return True
+
+
+def _elsewhere(one: Object, outcome: dict[str, Any]) -> bool:
+    namespace = one["metadata"]["namespace"]
+    return bool(outcome.get("namespace", namespace) not in ("", namespace))
 
 
 def _reason(one: Object) -> str:

@@ -40,3 +40,8 @@ def now(ahead: float = 0) -> str:
 
 def name_of(one: Object) -> str:
     return f"{one['metadata']['namespace']}/{one['metadata']['name']}"
+
+
+def age(one: Object) -> tuple[str, str]:
+    """To sort by, the oldest first."""
+    return (one["metadata"].get("creationTimestamp", ""), name_of(one))

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from shim import checkpoint_dir
-from shim.agent.api import ApiError, Conflict
+from shim.agent import podspec
+from shim.agent.api import ApiError, Conflict, Unanswered
 from shim.agent.checkpoints import ATTEMPTS, FINALIZER, Checkpoints
 from shim.agent.migration import Migration
 from shim.agent.settings import Settings
@@ -20,6 +21,8 @@ from shim.gritctl.saving import SavingError
 from tests.agent.memory import KEY, Client, Killed, Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+SPEC = {"containers": [{"name": "main", "image": "example/trainer:7"}]}
 
 
 class Pods:
@@ -66,11 +69,24 @@ class Pods:
             raise Killed
 
 
+class ApiPods:
+    """The API server's pods: one, or what it says instead."""
+
+    def __init__(self, found=None):
+        self.found = found
+
+    def get(self, namespace, name):
+        assert (namespace, name) == ("default", "train")
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
 class Agent(Checkpoints):
     def __init__(
         self, server, root, pods, node="n1", dies=None, after=False, migration=None, **settings
     ):
-        migration = migration or Migration(Client(Server()), None)
+        migration = migration or Migration(Client(Server()), ApiPods())
         self.client = pods.client = Client(server, dies, after)
         self.lines = []
         found = Settings(node, root=str(root), **settings)
@@ -105,6 +121,38 @@ def test_from_none_to_checkpointed(server, tmp_path):
     assert holds_checkpoint(tmp_path)
     assert (pods.saves, pods.paused) == (1, False)
     assert server.kept[KEY]["metadata"]["finalizers"] == [FINALIZER]
+
+
+@pytest.mark.parametrize(
+    ("found", "known"),
+    [
+        ({"metadata": {"uid": "p1"}, "spec": SPEC}, True),
+        ({"metadata": {"uid": "p0"}, "spec": SPEC}, False),  # another pod of that name
+        (None, False),
+        (ApiError("403 Forbidden"), False),
+    ],
+    ids=["known", "another", "none", "refused"],
+)
+def test_what_a_successor_has_to_share_is_in_the_status(server, tmp_path, found, known):
+    migration = Migration(Client(Server()), ApiPods(found))
+    agent = Agent(server, tmp_path, Pods(), migration=migration)
+    agent.settle()
+    status = server.status()
+    assert status["phase"] == "Checkpointed"
+    parts = podspec.parts(SPEC)
+    assert status.get("podSpecParts") == (parts if known else None)
+    assert status.get("podSpecHash") == (podspec.digest(parts) if known else None)
+    assert any("403" in line for line in agent.lines) == isinstance(found, ApiError)
+
+
+def test_an_api_server_that_goes_away_is_waited_for(server, tmp_path):
+    pods = ApiPods(Unanswered("down"))
+    agent = Agent(server, tmp_path, Pods(), migration=Migration(Client(Server()), pods))
+    agent.settle()
+    assert server.status()["phase"] == "Pending"
+    pods.found = None
+    agent.settle()
+    assert server.status()["phase"] == "Checkpointed"
 
 
 @pytest.mark.parametrize("after", [False, True])

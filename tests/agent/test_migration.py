@@ -19,7 +19,7 @@ class Cluster:
     def __init__(self):
         self.restores, self.deleted, self.dies = Server(), [], ""
         meta = {"namespace": "default", "name": "train", "uid": "p1", "ownerReferences": [JOB]}
-        self.pod = {"metadata": meta}
+        self.pod = {"metadata": meta, "spec": {}}
         self.takes_up = "Created"
 
     def get(self, namespace, name):

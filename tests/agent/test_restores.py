@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from shim import bundle, intents, places
-from shim.agent import fitting
+from shim.agent import fitting, podspec
 from shim.agent.api import ApiError, Conflict
 from shim.agent.desk import Desk
 from shim.agent.pods import Starting
@@ -30,6 +30,7 @@ class Node:
         self.root, self.name, self.server, self.checkpoints = root, name, server, checkpoints
         self.directory = root / f"{name}-intents"
         self.pods, self.containers, self.ran = {}, {}, set()
+        self.spec = {}
         self.agent = None
         self.start()
 
@@ -54,7 +55,7 @@ class Node:
     def get(self, namespace, pod):
         """As the API server has it."""
         owner = {"uid": f"owner-of-{pod}"}
-        return {"metadata": {"uid": self.pods[pod], "ownerReferences": [owner]}}
+        return {"metadata": {"uid": self.pods[pod], "ownerReferences": [owner]}, "spec": self.spec}
 
     def running(self):
         return self.ran
@@ -206,6 +207,37 @@ def test_pods_that_are_not_meant_start_from_their_beginning(node, server):
     assert phase(server) == ("Created", "OtherProgram")
     assert "runs ['sleep', '9']" in server.message()
     assert node.ask(node.container("c6"))
+
+
+def test_a_pod_that_is_specified_otherwise_is_not_meant(node, server, checkpoints):
+    main = {"name": "main", "image": "example/trainer:7", "env": [{"name": "RANK", "value": "0"}]}
+    parts = podspec.parts({"containers": [main]})
+    checkpoints.status(("default", "saved"))["podSpecParts"] = parts
+    node.agent.step()
+    node.spec = {"containers": [{**main, "env": [{"name": "RANK", "value": "1"}]}]}
+    assert node.ask(node.container("c1", "a")) == ""
+    assert phase(server) == ("Created", "OtherSpec")
+    assert "pod a is not as the one saved: it differs in env of container main" in server.message()
+    node.spec = {"containers": [main, {"name": "new", "image": "example/new:1"}]}
+    assert node.ask(node.container("c2", "b"))
+    assert server.status()["targetPod"] == "b"
+
+
+@pytest.mark.parametrize("known", ["another", "refused"])
+def test_a_pod_that_the_api_server_does_not_tell_of_is_taken_by_its_program(
+    node, server, checkpoints, known
+):
+    checkpoints.status(("default", "saved"))["podSpecParts"] = {"main/image": "x"}
+    node.agent.step()
+
+    def get(namespace, pod):
+        if known == "refused":
+            raise ApiError("403 Forbidden")
+        return {"metadata": {"uid": "of-its-mirror"}}
+
+    node.get = get
+    assert node.ask(node.container("c1"))
+    assert phase(server) == ("Restoring", "Running")
 
 
 def test_of_two_pods_one_is_restored_and_of_two_restores_the_older(node, server):
@@ -484,6 +516,6 @@ def test_a_question_that_cannot_be_answered_holds_up_no_other(node, server):
     assert node.ask(one)
     assert one.meant == "u2"
     assert any("c0: AttributeError" in line for line in node.lines)
-    assert any("owner of pod a is not known: 403" in line for line in node.lines)
+    assert any("owner and specification of pod a are not known: 403" in line for line in node.lines)
     node.get = get
     assert node.ask(node.container("c2", "b"))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from tests.nodes.node import Snapshot
 
-SLEEP = ("sleep", "1000000")
+# A sleep that CRIU has dumped returns early, which busybox's `sleep` takes for its end.
+SLEEP = ("tail", "-f", "/dev/null")
 Left = dict[str, list[str]]
 
 

@@ -1,10 +1,11 @@
-"""Run in a node: the API server, and pods, which the tests' own server has not.
+"""Run in a node: the API server, and pods and events, which the tests' own server has not.
 
     core_api.py PORT SERVER CREDENTIALS PODS
 
 Pods are files `<namespace>.<name>.json` of the directory PODS: GET reads, DELETE removes them, if
-the precondition fits, and what was asked is kept in `asked`. All other requests are handed on to
-SERVER (host:port) with ca.crt, client.crt and client.key in CREDENTIALS.
+the precondition fits, and what was asked is kept in `asked`. Events that are made are lines of
+`events`. All other requests are handed on to SERVER (host:port) with ca.crt, client.crt and
+client.key in CREDENTIALS.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ class Handler(BaseHTTPRequestHandler):
         parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[:3] == ["api", "v1", "namespaces"] and parts[4:5] == ["pods"]:
             self._pod(f"{parts[3]}.{parts[5]}.json", body)
+        elif parts[:3] == ["api", "v1", "namespaces"] and parts[4:] == ["events"]:
+            with open(Path(sys.argv[4], "events"), "ab") as events:
+                events.write(body + b"\n")
+            self._answer(201, json.loads(body))
         else:
             self._hand_on(body)
 

@@ -185,6 +185,21 @@ def test_the_quick_start_as_written(clean: ControlPlane, both: tuple[Worker, Wor
     assert _began(successor, "side") > before["side"].time
     successor.remove()
     assert fresh(second.run(), before)
+    second.remove()
+
+    # One that the webhook has annotated is asked about nothing, and the Restore ends alike.
+    restore(plane, "hooked", {"app": "none"}, "demo")
+    waiting = in_phase(plane, "restore", "hooked", "Created", both)
+    taken = json.dumps({"status": {"phase": "Restoring"}})
+    patch = ("patch", "restore", "hooked", "--subresource=status", "--type=merge", "-p", taken)
+    plane.kubectl(*patch)
+    notes = {
+        "grit.dev/checkpoint": one["status"]["dataPath"],
+        "grit.dev/restore-uid": waiting["metadata"]["uid"],
+    }
+    third = b.kubelet.gpu_pod("train-4", "main", "side", labels=TRAIN, annotations=notes).run()
+    assert going_on(third, before)
+    in_phase(plane, "restore", "hooked", "Restored", both)
 
 
 def test_the_agent_is_killed_while_it_restores(
@@ -293,8 +308,8 @@ def _core_api(worker: Worker, place: str) -> Process:
     return api
 
 
-def make_known(pods: Path, pod: Pod, owner: str) -> None:
-    """Has the API server know the pod, as that controller's."""
+def make_known(pods: Path, pod: Pod, owner: str, rank: str = "0") -> None:
+    """Has the API server know the pod, as that controller's, of that rank."""
     controller = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": owner, "uid": owner}
     meta = {
         "namespace": "default",
@@ -302,7 +317,13 @@ def make_known(pods: Path, pod: Pod, owner: str) -> None:
         "uid": pod.uid,
         "ownerReferences": [{**controller, "controller": True}],
     }
-    (pods / f"default.{pod.name}.json").write_text(json.dumps({"metadata": meta}))
+    main = {"name": "main", "env": [{"name": "RANK", "value": rank}]}
+    known = {"metadata": meta, "spec": {"nodeName": pod.name, "containers": [main]}}
+    (pods / f"default.{pod.name}.json").write_text(json.dumps(known))
+
+
+def events(pods: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, (pods / "events").read_text().splitlines()))
 
 
 def test_auto_migration(both: tuple[Worker, Worker], pods: Path, clean: ControlPlane) -> None:
@@ -317,15 +338,25 @@ def test_auto_migration(both: tuple[Worker, Worker], pods: Path, clean: ControlP
     pod.remove()
 
     other = b.kubelet.gpu_pod("serve-9q1zz", "main")
+    sibling = b.kubelet.gpu_pod("train-b2k9w", "main")
     successor = b.kubelet.gpu_pod("train-c4m8d", "main")
     make_known(pods, other, "rs-serve")
+    make_known(pods, sibling, "rs-train", rank="1")
     make_known(pods, successor, "rs-train")
     pending_on(b)
     assert fresh(other.run(), before)
     other.remove()
+    # Of the same controller and the same program, but not what was saved.
+    assert fresh(sibling.run(), before)
+    assert "it differs in env of container main" in why(plane.get("restore", "move"))
+    sibling.remove()
     assert going_on(successor.run(), before)
     done = in_phase(plane, "restore", "move", "Restored", both)
     assert done["status"]["targetPod"] == successor.name
     verbs = {(verb, "pods") for verb in (pods / "asked").read_text().split()}
     expired = {("delete", "checkpoints")}  # asked for when their time is over
-    assert asked(plane) | verbs | expired == allowed()
+    assert asked(plane) | verbs | expired | {("create", "events")} == allowed()
+    seen = {(told["involvedObject"]["kind"], told["type"], told["reason"]) for told in events(pods)}
+    for phase in ("Pending", "Checkpointing", "Submitting", "Submitted"):
+        assert ("Checkpoint", "Normal", phase) in seen
+    assert ("Restore", "Warning", "OtherSpec") in seen
