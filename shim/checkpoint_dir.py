@@ -266,6 +266,43 @@ class Draft:
             ) from error
         self._unlock()
 
+    def publish_copy(self) -> None:
+        """Makes a draft that holds a copy of one container's checkpoint, from another node, the
+        directory `final`: if every file is as the manifest and SHA256SUMS say, there is no other,
+        and all is on the disk. Raises CheckpointDirError as publish().
+        """
+        if self._lock is None:
+            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        images = os.path.join(self.path, IMAGES)
+        problems: list[Problem] = []
+
+        def check() -> None:
+            problems.extend(verify(images, load(images)))
+            sums = verify_sums(self.path)
+            problems.extend([Problem(SUMS, "missing", "is missing")] if sums is None else sums)
+
+        def sync() -> None:
+            for base, _, names in os.walk(self.path):
+                for name in names:
+                    with open(os.path.join(base, name), "rb", buffering=0) as file:
+                        os.fsync(file.fileno())
+                _sync_directory(base)
+
+        try:
+            digests.in_threads([sync, check], 2)
+            if problems:
+                shown = "; ".join(map(str, problems[:5]))
+                raise CheckpointDirError(f"what came for {self.final} is damaged: {shown}")
+            os.rename(self.path, self.final)
+            self.path = self.final
+            _sync_directory(os.path.dirname(self.final))
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
+            ) from error
+        self._unlock()
+        self.published = True
+
     def discard(self) -> None:
         """Removes the draft and all in it; does nothing once published or discarded."""
         if self._lock is None:
