@@ -188,13 +188,16 @@ def _connect(
 
 
 def _dialled(host: str, port: int, context: ssl.SSLContext) -> Connection:
+    """Raises WireError or OSError."""
     sock = socket.create_connection((host, port), timeout=_ANSWER_SECONDS)
     wire.tune(sock)
     try:
-        return Connection(context.wrap_socket(sock, server_hostname=host))
+        found = Connection(context.wrap_socket(sock, server_hostname=host))
+        found.expect("hello", wire.within(_ANSWER_SECONDS))  # or why our certificate is none
     except BaseException:
         sock.close()
         raise
+    return found
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -164,6 +164,7 @@ class Receiver:
             names = tls.names(secured)
             if self._peers and not self._peers & names:
                 raise ArrivalError(f"no --peer has the name {', '.join(sorted(names))}")
+            connection.send("hello")
             self.talk(connection, secured.getpeercert(binary_form=True) or b"", address)
         except (ArrivalError, WireError) as error:
             _say(f"{address}: {error}")
