@@ -47,14 +47,15 @@ if TYPE_CHECKING:
         """Where the containers are to go on. What fails raises SavingError."""
 
         def follow(self, directory: str) -> None:
-            """All that is saved is going to be written below this directory."""
+            """All that is saved is going to be written below this directory, which is renamed
+            once it is whole."""
 
         def check(self) -> None:
             """Asked again and again, whether it still makes sense to go on."""
 
-        def deliver(self, directory: str, idle: Callable[[], None]) -> None:
-            """The checkpoint is whole and in this directory. Returns once the containers run
-            elsewhere, and only then; calls `idle`, which may raise, while it waits."""
+        def deliver(self, idle: Callable[[], None]) -> None:
+            """The checkpoint is whole. Returns once the containers run elsewhere, and only then;
+            calls `idle`, which may raise, while it waits."""
 
 
 _LOOK_SECONDS = 0.1
@@ -129,7 +130,7 @@ class Saving:
                 with self.display.phase(self._all(), "publish"):
                     draft.publish_whole(sign)
                 if self.elsewhere:
-                    self.elsewhere.deliver(draft.final, self._go_on_unless_stopped)
+                    self.elsewhere.deliver(self._go_on_unless_stopped)
             except _Stopped:
                 self.display.say("interrupted: undoing; a GPU copy under way has to end first")
                 raise Interrupted(f"interrupted. Undone: {self._undo()}") from None

@@ -17,7 +17,7 @@ import zlib
 from shim import checkpoint_dir, digests
 from shim.gritctl import wire
 from shim.gritctl.saving import SavingError
-from shim.gritctl.wire import CHUNK, Connection, PeerFailed, WireError
+from shim.gritctl.wire import Connection, PeerFailed, WireError
 from shim.manifest import MANIFEST
 
 TYPE_CHECKING = False
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.02
 _ANSWER_SECONDS = 30.0
 _REASON_SECONDS = 5.0
+_MANIFEST = f"{checkpoint_dir.IMAGES}/{MANIFEST}"
 _DRAFT = f".{checkpoint_dir.IMAGES}."  # how the name of the shim's own draft begins
 
 
@@ -39,7 +40,7 @@ class InDoubt(Exception):
 
 
 class Job:
-    """A chunk of a file, `name` within the checkpoint, now at `path`."""
+    """A chunk of a file, `name` within the checkpoint, now at `path` below its directory."""
 
     __slots__ = ("final", "name", "number", "path")
 
@@ -72,6 +73,9 @@ class Sending:
         self._stopped = threading.Event()
         self._looked = threading.Event()
         """The images were gone over for the last time."""
+        self._top = -1
+        """The checkpoint's directory, or that of what is to become one: a descriptor, as it is
+        renamed meanwhile."""
         self._jobs: list[Jobs] = [queue.SimpleQueue() for _ in streams]
         self._senders = [
             threading.Thread(target=self._send_all, args=one, daemon=True)
@@ -80,10 +84,14 @@ class Sending:
         self._looking: threading.Thread | None = None
 
     def follow(self, directory: str) -> None:
-        """Sends what is written below `directory`, from now on."""
+        """Sends what is written below `directory`, from now on. Raises SavingError."""
+        try:
+            self._top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SavingError(f"{directory}: {error.strerror}") from error
         for thread in self._senders:
             thread.start()
-        self._looking = threading.Thread(target=self._look, args=[directory], daemon=True)
+        self._looking = threading.Thread(target=self._look, daemon=True)
         self._looking.start()
 
     def check(self) -> None:
@@ -91,25 +99,25 @@ class Sending:
         if self._failure is not None:
             raise SavingError(f"{self._there}: {self._reason()}")
 
-    def deliver(self, directory: str, idle: Callable[[], None]) -> None:
-        """Sends what is left of the checkpoint `directory`, and has it restored there.
+    def deliver(self, idle: Callable[[], None]) -> None:
+        """Sends what is left of the checkpoint, which is whole now, and has it restored there.
 
         Raises SavingError, or what `idle` raises: then nothing of it is left there. Raises InDoubt
         if the other node was told to let it live and did not answer."""
         try:
-            self._deliver(directory, idle)
+            self._deliver(idle)
         except BaseException:
             self.close()  # before anything runs here again: it is what ends it there
             raise
 
-    def _deliver(self, directory: str, idle: Callable[[], None]) -> None:
+    def _deliver(self, idle: Callable[[], None]) -> None:
         self._stopped.set()
         if self._looking:
             self._looking.join()
         with self._display.phase(self._container, "send") as phase:
             sizes = {}
-            for name, path in _files(directory):
-                sizes[name] = os.lstat(path).st_size
+            for name, path in _files(self._top):
+                sizes[name] = self._size(path)
                 if not (self._looked.is_set() and "/" in name):
                     self._put_all(name, path, sizes[name])
             for jobs in self._jobs:
@@ -152,20 +160,23 @@ class Sending:
                 thread.join()
         for one in (self._control, *self._streams):
             one.close()
+        if self._top >= 0:
+            os.close(self._top)
+            self._top = -1
 
-    def _look(self, directory: str) -> None:
+    def _look(self) -> None:
         begun: dict[str, int] = {}
         try:
             while not self._stopped.wait(_LOOK_SECONDS):
-                found = list(_files(directory))
-                published = (f"{checkpoint_dir.IMAGES}/{MANIFEST}", _published(directory)) in found
+                found = list(_files(self._top))
+                published = (_MANIFEST, _MANIFEST) in found
                 for name, path in found:
                     inside = "/" in name
                     if inside and self._looked.is_set():
                         continue
                     try:
                         if inside and published:
-                            self._put_all(name, path, os.lstat(path).st_size)
+                            self._put_all(name, path, self._size(path))
                         else:
                             begun[name] = self._put_written(name, path, begun.get(name, 0))
                     except FileNotFoundError:
@@ -180,10 +191,10 @@ class Sending:
     def _put_written(self, name: str, path: str, number: int) -> int:
         """Has the chunks from `number` on sent that are written, as far as can be seen; the number
         of the first that is not."""
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = self._open(path)
         try:
             while True:
-                start, end = number * CHUNK, (number + 1) * CHUNK
+                start, end = number * wire.CHUNK, (number + 1) * wire.CHUNK
                 try:
                     if os.lseek(fd, start, os.SEEK_HOLE) >= end:
                         self._put(Job(name, path, number, final=False))
@@ -196,7 +207,7 @@ class Sending:
             os.close(fd)
 
     def _put_all(self, name: str, path: str, size: int) -> None:
-        for number in range(-(-size // CHUNK)):
+        for number in range(-(-size // wire.CHUNK)):
             self._put(Job(name, path, number, final=True))
 
     def _put(self, job: Job) -> None:
@@ -204,7 +215,7 @@ class Sending:
         self._jobs[stream].put(job)
 
     def _send_all(self, stream: Connection, jobs: Jobs) -> None:
-        buffer = memoryview(bytearray(CHUNK))
+        buffer = memoryview(bytearray(wire.CHUNK))
         try:
             while (job := jobs.get()) is not None:
                 self._send(stream, job, buffer)
@@ -214,16 +225,16 @@ class Sending:
             self._fail(error)
 
     def _send(self, stream: Connection, job: Job, buffer: memoryview) -> None:
-        key, start = (job.name, job.number), job.number * CHUNK
+        key, start = (job.name, job.number), job.number * wire.CHUNK
         try:
-            fd = os.open(job.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = self._open(job.path)
         except FileNotFoundError:
             if job.final:
                 raise
             return  # renamed: it comes again
         try:
             if job.final and key not in self._sent:
-                size = min(os.fstat(fd).st_size - start, CHUNK)
+                size = min(os.fstat(fd).st_size - start, wire.CHUNK)
                 if _is_hole(fd, start, size):
                     stream.send("hole", file=job.name, offset=start, length=size)
                     return
@@ -240,12 +251,20 @@ class Sending:
         with self._lock:
             self.bytes += len(chunk)
 
+    def _open(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)
+
+    def _size(self, path: str) -> int:
+        return os.stat(path, dir_fd=self._top, follow_symlinks=False).st_size
+
     def _fail(self, error: Exception) -> None:
         with self._lock:
             self._failure = self._failure or error
 
     def _reason(self) -> str:
         """What failed: on the control connection the other node says more than a cut stream."""
+        if not isinstance(self._failure, WireError):
+            return str(self._failure)
         try:
             self._control.expect("failed", wire.within(_REASON_SECONDS))
         except PeerFailed as error:
@@ -255,27 +274,28 @@ class Sending:
         return str(self._failure)
 
 
-def _files(directory: str) -> Iterator[tuple[str, str]]:
-    """The files of a checkpoint, or of what is to become one: name in it, and path."""
-    try:
-        entries = list(os.scandir(directory))
-    except FileNotFoundError:
-        return
-    for entry in entries:
+def _files(top: int) -> Iterator[tuple[str, str]]:
+    """The files of a checkpoint, or of what is to become one: name in it, and path from `top`."""
+    for entry in _entries(top):
         if entry.is_file(follow_symlinks=False):
             if entry.name[0] != ".":
-                yield entry.name, entry.path
+                yield entry.name, entry.name
         elif entry.name == checkpoint_dir.IMAGES or entry.name.startswith(_DRAFT):
             try:
-                images = list(os.scandir(entry.path))
+                inside = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=top)
             except FileNotFoundError:
                 continue  # published meanwhile
-            for image in images:
-                yield f"{checkpoint_dir.IMAGES}/{image.name}", image.path
+            try:
+                names = [image.name for image in _entries(inside)]
+            finally:
+                os.close(inside)
+            for name in names:
+                yield f"{checkpoint_dir.IMAGES}/{name}", f"{entry.name}/{name}"
 
 
-def _published(directory: str) -> str:
-    return os.path.join(directory, checkpoint_dir.IMAGES, MANIFEST)
+def _entries(directory: int) -> list[os.DirEntry[str]]:
+    with os.scandir(directory) as entries:
+        return list(entries)
 
 
 def _is_hole(fd: int, start: int, size: int) -> bool:

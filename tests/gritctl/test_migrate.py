@@ -20,7 +20,7 @@ from shim.gritctl.interrupts import Interrupts
 from shim.gritctl.receive import Receiver
 from shim.gritctl.saving import SavingError
 from shim.gritctl.sending import InDoubt, Sending
-from shim.gritctl.wire import CHUNK, Connection, WireError
+from shim.gritctl.wire import Connection, WireError
 from tests.gritctl.certificates import authority, certificate
 from tests.test_checkpoint_dir import a_manifest
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ID = "0123456789abcdef" * 2
 NAME = "job"
 CERTIFICATE = b"the peer's"
+CHUNK = 64 << 10
 LARGE = CHUNK * 2 + 12345
 
 
@@ -124,6 +125,11 @@ class Place(Receiver):
             assert not thread.is_alive()
 
 
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "CHUNK", CHUNK)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
     (tmp_path / "there").mkdir(mode=0o700)
@@ -159,7 +165,7 @@ def test_a_checkpoint_arrives_whole(place: Place, source: Draft) -> None:
     one = place.sending()
     one.follow(source.path)
     saved(source)
-    one.deliver(source.final, idle)
+    one.deliver(idle)
     one.close()
     place.end()
     assert place.restored.runs
@@ -193,7 +199,7 @@ def test_it_is_sent_while_it_is_written_and_what_changed_again(
         pages.write(b"2")
     images.publish(a_manifest())
     source.publish_whole()
-    one.deliver(source.final, idle)
+    one.deliver(idle)
     one.close()
     place.end()
     assert everything(Path(place.directory, NAME)) == everything(Path(source.final))
@@ -204,7 +210,7 @@ def test_holes_are_not_sent(place: Place, source: Draft) -> None:
     saved(source)
     one = place.sending()
     one.follow(source.final)
-    one.deliver(source.final, idle)
+    one.deliver(idle)
     one.close()
     assert one.bytes < LARGE + 2 * CHUNK
 
@@ -216,7 +222,7 @@ def test_what_differs_from_its_digest_is_not_published(place: Place, source: Dra
     one = place.sending()
     one.follow(source.final)
     with pytest.raises(SavingError, match=r"is damaged: .*pages-1.img: has SHA-256"):
-        one.deliver(source.final, idle)
+        one.deliver(idle)
     nothing_left(place)
 
 
@@ -226,7 +232,7 @@ def test_a_file_too_many_is_not_published(place: Place, source: Draft) -> None:
     one = place.sending()
     one.follow(source.final)
     with pytest.raises(SavingError, match=r"pages-2.img: is not in the manifest"):
-        one.deliver(source.final, idle)
+        one.deliver(idle)
     nothing_left(place)
 
 
@@ -236,7 +242,7 @@ def test_what_cannot_be_restored_leaves_nothing(place: Place, source: Draft) -> 
     one.follow(source.path)
     saved(source)
     with pytest.raises(SavingError, match="there: no GPU of that type"):
-        one.deliver(source.final, idle)
+        one.deliver(idle)
     nothing_left(place)
 
 
@@ -253,7 +259,7 @@ def test_an_interrupted_delivery_leaves_nothing(place: Place, source: Draft) -> 
     one.follow(source.path)
     saved(source)
     with pytest.raises(Stop):
-        one.deliver(source.final, stop)
+        one.deliver(stop)
     release.set()
     nothing_left(place)
 
@@ -266,7 +272,7 @@ def test_no_room_for_a_file_is_told_at_once(place: Place, source: Draft) -> None
     coming.arrival._room = 1000
     saved(source)
     with pytest.raises(SavingError, match="there is no room for that"):
-        one.deliver(source.final, idle)
+        one.deliver(idle)
     nothing_left(place)
 
 
@@ -357,22 +363,20 @@ def test_the_source_goes_on_until_the_other_runs(
     source: Draft, answers: list[str], error: type[Exception]
 ) -> None:
     """SavingError has the container resumed; only between `keep` and `kept` it is in doubt."""
-    saved(source)
     control, thread = answering(*answers)
     one = Sending(control, [], progress.Display(), NAME, "there", 60.0)
-    one._looked.set()
-    for name in ("config.dump", "spec.dump", "SHA256SUMS"):
-        os.unlink(os.path.join(source.final, name))
+    one.follow(source.path)
     with pytest.raises(error, match="there"):
-        one.deliver(source.final, idle)
+        one.deliver(idle)
     thread.join()
 
 
 def test_a_destination_that_hangs_is_given_up(source: Draft) -> None:
     ours, theirs = socket.socketpair()
     one = Sending(Connection(ours), [], progress.Display(), NAME, "there", 0.0)
+    one.follow(source.path)
     with pytest.raises(SavingError, match="not answered in time"):
-        one.deliver(source.path, idle)
+        one.deliver(idle)
     theirs.close()
 
 
