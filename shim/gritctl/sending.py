@@ -69,6 +69,7 @@ class Sending:
         self._algorithm = _algorithm()
         self._sent: dict[tuple[str, int], bytes] = {}
         self._failure: Exception | None = None
+        self._committed = False
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._looked = threading.Event()
@@ -96,6 +97,8 @@ class Sending:
 
     def check(self) -> None:
         """Raises SavingError if it has failed already."""
+        if not self._committed and self._control.has_news():  # there is nothing to say yet
+            self._fail(WireError("the connection was cut"))
         if self._failure is not None:
             raise SavingError(f"{self._there}: {self._reason()}")
 
@@ -131,6 +134,7 @@ class Sending:
             phase.at(self.bytes)
         waiting = wire.within(self._seconds, idle)
         try:
+            self._committed = True
             with self._display.phase(self._container, "verify"):
                 self._control.send("commit", files=sizes)
                 self._control.expect("stored", waiting)

@@ -18,6 +18,7 @@ Who listens believes none of it before it has looked: see `arrival`.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import ssl
 import struct
@@ -92,6 +93,10 @@ class Connection:
         if facts.get("op") != op:
             raise WireError(f"the peer said {facts.get('op')!r} where {op!r} was due")
         return facts
+
+    def has_news(self) -> bool:
+        """Whether the peer has said something or is gone."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def cut(self) -> None:
         """Ends it, whatever another thread waits for there."""
