@@ -171,6 +171,8 @@ def tune(sock: socket.socket) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ConnectionError | ssl.SSLEOFError):
+        return "the connection was cut"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {error.reason or error}"
     if isinstance(error, OSError) and error.strerror:

@@ -3,7 +3,6 @@ a wire: it goes on there with its values, or runs on here."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from tests.e2e.conftest import running
 from tests.e2e.gpu import configure, go_on, until
 from tests.e2e.test_gpu_checkpoint import unbroken
 from tests.e2e.test_gpu_pause import hold_criu, signal_all
+from tests.e2e.test_gritctl_help import examples
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.gritctl.certificates import authority, certificate
 
@@ -35,15 +35,14 @@ pytestmark = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
 PLACE = "/var/lib/checkpoints"
 KEYS = "/etc/grit-keys"
 HERE, THERE = "10.98.0.1", "10.98.0.2"
-PORT = 7433
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = tmp_path_factory.mktemp("keys")
     authority(top)
-    certificate(top, "node-a", HERE)
-    certificate(top, "node-b", THERE)
+    for name in ("node-a", "node-b"):
+        certificate(top, name)
     return top
 
 
@@ -52,52 +51,58 @@ def far(keys: Path) -> Iterator[Place]:
     """The other node, with a GPU of its own."""
     env = gpu.ENVIRONMENT_OF_GRIT
     with running("forky", binds=gpu.kit_binds(), env=env) as node:
-        board = gpu.gpu_of(node, capacity=16 << 20)
-        shutil.copytree(keys, node.path(KEYS))
-        yield node, board
+        yield node, gpu.gpu_of(node, capacity=16 << 20)
 
 
 @pytest.fixture
 def places(gpu_node: Place, far: Place, keys: Path) -> Iterator[tuple[Node, Node]]:
     """Both, with a wire between them."""
     here, there = gpu_node[0], far[0]
-    shutil.copytree(keys, here.path(KEYS))
     enter = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "--", "ip", "link", "add", "wire"]
     peer = ["type", "veth", "peer", "name", "wire", "netns", str(there.pid)]
     subprocess.run([*enter, *peer], check=True)
-    for node, address in ((here, HERE), (there, THERE)):
+    hosts = here.path("/etc/hosts").read_text()
+    here.path("/etc/hosts").write_text(f"{hosts}{THERE} node-b\n")
+    for node, name, address in ((here, "node-a", HERE), (there, "node-b", THERE)):
         configure(node)
         node.path(PLACE).mkdir(parents=True, exist_ok=True)
+        node.path(KEYS).mkdir()
+        for file in ("crt", "key"):
+            shutil.copy(keys / f"{name}.{file}", node.path(f"{KEYS}/node.{file}"))
+        shutil.copy(keys / "ca.crt", node.path(f"{KEYS}/ca.crt"))
         node.run(["ip", "addr", "add", f"{address}/24", "dev", "wire"])
         node.run(["ip", "link", "set", "wire", "up"])
     yield here, there
     here.run(["ip", "link", "del", "wire"])
-    shutil.rmtree(here.path(KEYS))
+    here.path("/etc/hosts").write_text(hosts)
     left = [list(node.path(PLACE).iterdir()) for node in (here, there)]
     for node in (here, there):
         shutil.rmtree(node.path(PLACE))
+        shutil.rmtree(node.path(KEYS))
     assert left == [[], []], "each test removes what it has found"
 
 
-def tls(name: str) -> list[str]:
-    files = {"cert": f"{name}.crt", "key": f"{name}.key", "ca": "ca.crt"}
-    return [word for what, file in files.items() for word in (f"--tls-{what}", f"{KEYS}/{file}")]
+def begin(node: Node, command: str, *more: str) -> Process:
+    """Types the example in the subcommand's help, beside the keys."""
+    (line,) = examples(command)
+    pipe = subprocess.PIPE
+    return node.popen([*line.split(), *more], stdout=pipe, stderr=subprocess.STDOUT, cwd=KEYS)
 
 
-def receive(node: Node) -> Process:
+def receive(node: Node, *more: str) -> Process:
     """`gritctl receive`, listening."""
-    words = ["--listen", f"{THERE}:{PORT}", "--directory", PLACE, "--peer", "node-a", "--once"]
-    process = node.popen(
-        ["gritctl", "receive", *words, *tls("node-b")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    process = begin(node, "receive", *more)
     assert process.stdout
-    assert process.stdout.readline() == f"listens on {THERE}:{PORT}\n"
+    assert process.stdout.readline() == "listens on 0.0.0.0:7433\n"
     return process
 
 
-MIGRATE = ["migrate", "job", "--to", f"{THERE}:{PORT}", *tls("node-a"), "--streams", "2"]
+def migrate(node: Node, status: int = 0) -> str:
+    """What it says."""
+    process = begin(node, "migrate")
+    text, _ = process.communicate(timeout=60)
+    assert "Traceback" not in text and process.returncode == status, text
+    return text
 
 
 def runs_on(job: Job, board: SimGpu) -> None:
@@ -119,11 +124,11 @@ def test_a_job_moves(
     job = start_job()
     before = job.next_report()
     there_leaks = there.leaks()
-    receiver = receive(there)
-    text = gritctl(here, *MIGRATE)
+    receiver = receive(there, "--once", "--peer", "node-a")
+    text = migrate(here)
     for phase in ("suspend", "dump", "rootfs", "publish", "send", "verify", "restore", "end"):
         assert f"job: {phase}  " in text
-    assert f"job: runs on {THERE}:{PORT}, " in text
+    assert "job: runs on node-b:7433, " in text
     out, _ = receiver.communicate(timeout=30)
     assert receiver.returncode == 0 and f"{HERE}: job: runs, pid " in out
     assert job.status() == "STOPPED" and gpu_node[1].owners() == {}
@@ -144,7 +149,7 @@ def test_a_connection_cut_in_the_dump_leaves_it_running(
     here, there = places
     job = start_job()
     receiver = receive(there)
-    process = here.popen(["gritctl", *MIGRATE], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = begin(here, "migrate")
     until("a draft", lambda: list(here.path(PLACE).glob(".*/.*")))
     draft = next(iter(here.path(PLACE).glob(".*")))
     held = hold_criu(here, f"{PLACE}/{draft.name}/checkpoint")
@@ -153,9 +158,9 @@ def test_a_connection_cut_in_the_dump_leaves_it_running(
             signal_all([there.host_pid(pid)], signal.SIGKILL)
     receiver.communicate(timeout=30)
     signal_all(held, signal.SIGCONT)
-    _, err = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(rf"{THERE}:{PORT}: .*(cut|reset).* Undone: job runs on", err), err
+    assert "gritctl: node-b:7433: the connection was cut. Undone: job runs on" in out
     runs_on(job, gpu_node[1])
     nothing_there(far)
     (left,) = there.path(PLACE).iterdir()  # the killed one's; the next one's begin() removes it
@@ -172,13 +177,13 @@ def test_what_is_refused_there_runs_on_here(
     there.path("/etc/grit-secret").chmod(0o600)
     configure(there, verify_keys=["/etc/grit-secret"])
     receiver = receive(there)
-    text = gritctl(here, *MIGRATE, status=1)
+    text = migrate(here, status=1)
     assert "is not signed" in text and "Undone: job runs on" in text
     runs_on(job, gpu_node[1])
     nothing_there(far)
     # and what is not there is told before anything is done
     there.run(["mkdir", f"{PLACE}/job"])
-    text = gritctl(here, *MIGRATE, status=1)
+    text = migrate(here, status=1)
     assert f"there is a {PLACE}/job already. Nothing was done to it" in text
     there.run(["rmdir", f"{PLACE}/job"])
     receiver.send_signal(signal.SIGTERM)
