@@ -2,7 +2,9 @@
 of things are the peer's word, and none is believed.
 
 Everything goes into a draft, which becomes a checkpoint only when its manifest and SHA256SUMS have
-been compared with every byte of it. Until then, whatever happens leaves nothing.
+been compared with every byte of it. Until then, whatever happens leaves nothing. A block of a file
+is digested and synced when all of it has come: the others are still on their way then, and the
+container stands still when they have come.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import threading
 from contextlib import contextmanager
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, digests
 from shim.checkpoint_dir import Draft
 
 TYPE_CHECKING = False
@@ -37,15 +39,17 @@ class ArrivalError(Exception):
 
 class Arrival:
     """One checkpoint on its way into `directory`, which must not exist. `write` is for any number
-    of threads. `room` is how many bytes the peer expects to send. Raises ArrivalError or
-    CheckpointDirError."""
+    of threads. `room` is how many bytes the peer expects to send, `algorithm` what its digests will
+    be of. Raises ArrivalError or CheckpointDirError."""
 
-    def __init__(self, directory: str, room: int) -> None:
+    def __init__(self, directory: str, room: int, algorithm: str = digests.SHA256) -> None:
         if os.path.lexists(directory):
             raise ArrivalError(f"there is a {directory} already")
         self.directory = directory
         self._draft = Draft.begin(directory)
+        self._algorithm = algorithm
         self._sizes: dict[str, int] = {}
+        self._blocks: dict[tuple[str, int], _Block] = {}
         self._lock = threading.Condition()
         self._writing = 0
         self._sealed = False
@@ -66,9 +70,11 @@ class Arrival:
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Raises ArrivalError for a name or a size that it does not take, OSError."""
         with self._open(name, offset + len(data)) as fd:
-            while len(data):
-                count = os.pwrite(fd, data, offset)
-                offset, data = offset + count, data[count:]
+            at, left = offset, data
+            while len(left):
+                count = os.pwrite(fd, left, at)
+                at, left = at + count, left[count:]
+            self._digest_ahead(fd, name, offset, len(data))
 
     def leave_hole(self, name: str, offset: int, size: int) -> None:
         """Zeros, where nothing was written before. Raises as `write`."""
@@ -93,7 +99,14 @@ class Arrival:
                 os.ftruncate(fd, sizes[name])
             finally:
                 os.close(fd)
-        self._draft.publish_copy()
+        inside = checkpoint_dir.IMAGES + "/"
+        known = {
+            (name.removeprefix(inside), number): block.digest
+            for (name, number), block in self._blocks.items()
+            if block.digest and name.startswith(inside)
+            if (number + 1) * digests.BLOCK <= sizes.get(name, 0)
+        }
+        self._draft.publish_copy({self._algorithm: known})
 
     def discard(self) -> None:
         """Removes what has come; nothing once it is published. Raises CheckpointDirError."""
@@ -107,6 +120,26 @@ class Arrival:
             checkpoint_dir.remove(self.directory)
         else:
             self._draft.discard()
+
+    def _digest_ahead(self, fd: int, name: str, offset: int, size: int) -> None:
+        """Notes what was written; digests and syncs the block that is whole by that."""
+        first, last = offset // digests.BLOCK, (offset + max(size, 1) - 1) // digests.BLOCK
+        with self._lock:
+            for number in range(first, last + 1):
+                block = self._blocks.setdefault((name, number), _Block())
+                block.digest, block.writes = b"", block.writes + 1
+            block.parts[offset] = size
+            writes = block.writes
+            if block.was_whole or sum(block.parts.values()) < digests.BLOCK:
+                return  # what is changed once more is left to the end
+            block.was_whole = True
+        start = last * digests.BLOCK
+        path = os.path.join(self._draft.path, name)
+        digest = digests.of_block(path, start, start + digests.BLOCK, self._algorithm)
+        os.fdatasync(fd)
+        with self._lock:
+            if block.writes == writes:
+                block.digest = digest
 
     @contextmanager
     def _open(self, name: str, end: int) -> Iterator[int]:
@@ -139,6 +172,19 @@ class Arrival:
         with self._lock:
             self._sealed = True
             self._lock.wait_for(lambda: not self._writing)
+
+
+class _Block:
+    """Of a file: what has come of it (bytes by offset), how often something has, and the digest of
+    what is there, b"" if it was not taken or no longer is right."""
+
+    __slots__ = ("digest", "parts", "was_whole", "writes")
+
+    def __init__(self) -> None:
+        self.parts: dict[int, int] = {}
+        self.writes = 0
+        self.was_whole = False
+        self.digest = b""
 
 
 def _checked(name: str) -> str:

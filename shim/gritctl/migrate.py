@@ -9,7 +9,7 @@ import time
 
 import click
 
-from shim import checkpoint_dir
+from shim import checkpoint_dir, config, digests
 from shim.gritctl import containerd, output, progress, saving, stored, targets, tls, wire
 from shim.gritctl.cli import FAILED, INTERRUPTED
 from shim.gritctl.interrupts import Interrupted, Interrupts
@@ -172,6 +172,7 @@ def _connect(
                     image=container.image,
                     snapshotter=container.snapshotter,
                     parent=saving.parent_of(connection, container),
+                    checksum=digests.algorithm(config.load()[1]),
                     room=sum(map(saving.memory_of, connection.pids(target.id))),
                 )
             else:

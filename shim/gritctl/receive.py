@@ -14,6 +14,7 @@ import threading
 
 import click
 
+from shim import digests
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl import containerd, restore, tls, wire
 from shim.gritctl.arrival import Arrival, ArrivalError
@@ -250,7 +251,12 @@ class Receiver:
         try:
             self._require(facts, name)
             place = os.path.join(self.directory, name)
-            coming = Coming(Arrival(place, wire.number(facts, "room")), certificate)
+            checksum = wire.text(facts, "checksum")
+            if checksum not in (digests.SHA256, digests.XXH3):
+                raise ArrivalError(f"takes digests by {checksum[:100]!r}")
+            digests.new(checksum)  # that it can be, here
+            arrival = Arrival(place, wire.number(facts, "room"), checksum)
+            coming = Coming(arrival, certificate)
             self._coming[id_] = coming
             connection.send("ready")
             sizes = _sizes(connection.expect("commit", idle))

@@ -3,7 +3,7 @@
 A message is two lengths, a JSON object of the first, and bytes of the second. `op` says what it is:
 
     hello    said by who listens, once it knows who calls
-    begin    control, first: id, name, image, snapshotter, parent, room   -> ready
+    begin    control, first: id, name, image, snapshotter, parent, room, checksum -> ready
     join     a stream, first: id                                          -> ready
     chunk    a stream: file, offset, and the bytes
     hole     a stream: file, offset, length: zeros

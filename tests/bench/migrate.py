@@ -124,7 +124,7 @@ def connected(
     id_ = os.urandom(16).hex()
     control = _dialled("localhost", port, context)
     facts: dict[str, Any] = {"id": id_, "name": "one", "room": 0, "version": wire.VERSION}
-    control.send("begin", **facts, image="", snapshotter="", parent="")
+    control.send("begin", **facts, image="", snapshotter="", parent="", checksum=digests.XXH3)
     control.expect("ready")
     opened = [_dialled("localhost", port, context) for _ in range(streams)]
     for one in opened:
@@ -185,7 +185,8 @@ def between_nodes(size: int, rounds: int) -> None:
                     job = gpu.Job(here, boards[0], "job", "--tick-ms", _HOUR, *words)
                     done = job.try_run()
                     assert done.returncode == 0, done.stderr
-                    gpu.until("its first report", job.reports, 120)
+                    status = job.rootfs() / gpu.STATUS.lstrip("/")
+                    gpu.until("its first word", lambda: status.exists() and status.read_text(), 120)  # noqa: B023
                     print(f"{kind}, {way(here, there)}", flush=True)
                     for node, board in zip((here, there), boards, strict=True):
                         gpu.Job(node, board, "job").end()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shim import checkpoint_dir
-from shim.checkpoint_dir import Draft
+from shim import checkpoint_dir, digests
+from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.gritctl import progress, receive, tls, wire
 from shim.gritctl.arrival import Arrival, ArrivalError
 from shim.gritctl.interrupts import Interrupts
@@ -102,7 +102,7 @@ class Place(Receiver):
 
     def begun(self, *, room: int = 0, name: str = NAME) -> Connection:
         control = self.dialled()
-        words = {"image": "", "snapshotter": "", "parent": ""}
+        words = {"image": "", "snapshotter": "", "parent": "", "checksum": digests.SHA256}
         control.send("begin", version=wire.VERSION, id=ID, name=name, room=room, **words)
         return control
 
@@ -435,6 +435,41 @@ def test_more_than_fits_is_refused_before_it_is_written(tmp_path: Path) -> None:
         one.write("config.dump", 0, memoryview(b"1"))
     one.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("later", ["nothing", "the same", "another"])
+def test_a_block_is_digested_when_it_is_whole_and_again_if_it_changes(
+    source: Draft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    size = 2 * CHUNK
+    monkeypatch.setattr(digests, "BLOCK", size)
+    monkeypatch.setattr("shim.manifest.BLOCK", size)
+    saved(source)
+    one = Arrival(str(tmp_path / "job"), 0, digests.SHA256)
+    sizes = {}
+    for name, (_, data) in everything(Path(source.final)).items():
+        sizes[name] = len(data)
+        for at in range(0, len(data), CHUNK):
+            one.write(name, at, memoryview(data)[at : at + CHUNK])
+    if later != "nothing":
+        change = b"p" if later == "the same" else b"X"
+        one.write("checkpoint/pages-1.img", 7, memoryview(change))
+    taken = []
+    of_block = digests.of_block
+
+    def watched(path: str, start: int, *more: Any) -> bytes:
+        taken.append((os.path.basename(path), start))
+        return of_block(path, start, *more)
+
+    monkeypatch.setattr(digests, "of_block", watched)
+    if later == "another":
+        with pytest.raises(CheckpointDirError, match=r"is damaged: .*pages-1.img: has SHA-256"):
+            one.publish(sizes)
+        one.discard()
+    else:
+        one.publish(sizes)
+    assert (("pages-1.img", 0) in taken) == (later != "nothing")
+    assert ("pages-1.img", size) in taken, "what is not whole is left to the end"
 
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
