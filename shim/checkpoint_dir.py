@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from shim.signing import Sign
 
+    _Known = Mapping[str, Mapping[tuple[str, int], bytes]]
+
 __all__ = [
     "CONFIG_DUMP",
     "CONTAINER_LOG",
@@ -266,6 +268,44 @@ class Draft:
             ) from error
         self._unlock()
 
+    def publish_copy(self, known: _Known | None = None) -> None:
+        """Makes a draft that holds a copy of one container's checkpoint, from another node, the
+        directory `final`: if every file is as the manifest and SHA256SUMS say, there is no other,
+        and all is on the disk. `known` are digests that were taken of it before, as in verify().
+        Raises CheckpointDirError as publish().
+        """
+        if self._lock is None:
+            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        images = os.path.join(self.path, IMAGES)
+        problems: list[Problem] = []
+
+        def check() -> None:
+            problems.extend(verify(images, load(images), known=known))
+            sums = verify_sums(self.path)
+            problems.extend([Problem(SUMS, "missing", "is missing")] if sums is None else sums)
+
+        def sync() -> None:
+            for base, _, names in os.walk(self.path):
+                for name in names:
+                    with open(os.path.join(base, name), "rb", buffering=0) as file:
+                        os.fsync(file.fileno())
+                _sync_directory(base)
+
+        try:
+            digests.in_threads([sync, check], 2)
+            if problems:
+                shown = "; ".join(map(str, problems[:5]))
+                raise CheckpointDirError(f"what came for {self.final} is damaged: {shown}")
+            os.rename(self.path, self.final)
+            self.path = self.final
+            _sync_directory(os.path.dirname(self.final))
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
+            ) from error
+        self._unlock()
+        self.published = True
+
     def discard(self) -> None:
         """Removes the draft and all in it; does nothing once published or discarded."""
         if self._lock is None:
@@ -398,12 +438,18 @@ def load(directory: str, keys: Sequence[str] = ()) -> Manifest:
 
 
 def verify(
-    directory: str, manifest: Manifest, *, contents: bool = True, but: Collection[str] = ()
+    directory: str,
+    manifest: Manifest,
+    *,
+    contents: bool = True,
+    but: Collection[str] = (),
+    known: _Known | None = None,
 ) -> list[Problem]:
     """What differs between the directory and its manifest; an empty list if nothing does.
 
     Sizes are always compared, checksums only with `contents`, which reads every byte, except of
-    those that the caller reads himself (`but`).
+    those that the caller reads himself (`but`), and of blocks whose digests are `known`, by
+    algorithm.
     Raises CheckpointDirError if the directory cannot be read.
     """
     problems = []
@@ -433,16 +479,21 @@ def verify(
         intact = [name for name in intact if name not in but]
         for algorithm in {manifest.files[name].algorithm for name in intact}:
             files = {n: f for n in intact if (f := manifest.files[n]).algorithm == algorithm}
-            problems += _compare(directory, files, algorithm)
+            problems += _compare(directory, files, algorithm, (known or {}).get(algorithm))
     return sorted(problems, key=lambda problem: problem.name)
 
 
-def _compare(directory: str, files: dict[str, File], algorithm: str) -> list[Problem]:
+def _compare(
+    directory: str,
+    files: dict[str, File],
+    algorithm: str,
+    known: Mapping[tuple[str, int], bytes] | None,
+) -> list[Problem]:
     """What differs between files and their digests, all of that algorithm."""
     paths = {name: (os.path.join(directory, name), file.size) for name, file in files.items()}
     problems = []
     try:
-        for name, found in digests.take(paths, algorithm=algorithm).items():
+        for name, found in digests.take(paths, algorithm=algorithm, known=known).items():
             right = files[name].digest
             if isinstance(found, OSError):
                 problems.append(_unreadable(name, found))

@@ -25,6 +25,8 @@ INTERRUPTED = 130
 COMMANDS = {
     "checkpoint": "checkpoint:command",
     "restore": "restore:command",
+    "migrate": "migrate:command",
+    "receive": "receive:command",
     "suspend": "suspend:suspend",
     "resume": "suspend:resume",
     "doctor": "doctor:command",

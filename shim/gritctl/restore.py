@@ -78,6 +78,20 @@ def command(
       gritctl restore /var/lib/checkpoints/job --name job3 --annotation example.org/run=7
     """
     notes = dict(_annotation(note) for note in annotations)
+    one = opened(directory)
+    with Containerd(address, namespace) as connection, Interrupts() as interrupts:
+        made = Restoring(connection, one, name or one.container, notes, log or "", interrupts)
+        pid = made.run()
+    if as_json:
+        output.print_json({"container": made.id, "pid": pid})
+    else:
+        print(f"{made.id}: runs, pid {pid}, restored from {one.directory}")
+    return 0
+
+
+def opened(directory: str) -> stored.Stored:
+    """The checkpoint of one container, by those whose checkpoints are restored here. Raises
+    RestoreError, CheckpointDirError, NotACheckpoint."""
     containers = stored.open_all(directory)
     if len(containers) > 1 or containers[0].name:
         raise RestoreError(
@@ -88,17 +102,35 @@ def command(
     if one.manifest_error and not one.foreign:
         raise RestoreError(one.manifest_error)
     _require_trusted(one)
-    with Containerd(address, namespace) as connection, Interrupts() as interrupts:
-        made = _Restoring(connection, one, name or one.container, notes, log or "", interrupts)
-        pid = made.run()
-    if as_json:
-        output.print_json({"container": made.id, "pid": pid})
-    else:
-        print(f"{made.id}: runs, pid {pid}, restored from {one.directory}")
-    return 0
+    return one
 
 
-class _Restoring:
+def require_image(
+    connection: Containerd, snapshotter: str, parent: str, image: str, name: str
+) -> None:
+    """Raises RestoreError where a container `name` could not be made of the image: now, rather than
+    when it has been saved elsewhere and stands still."""
+    try:
+        if parent:
+            reference = m.SnapshotRef(snapshotter=snapshotter, key=parent)
+            connection.call(SNAPSHOTS, "Stat", reference, m.OneSnapshot)
+    except ContainerdError as error:
+        if error.code == "NOT_FOUND":
+            raise _no_image(connection, snapshotter, image) from error
+        raise
+    try:
+        connection.call(CONTAINERS, "Get", m.Id(id=name), m.OneContainer)
+    except ContainerdError as error:
+        if error.code == "NOT_FOUND":
+            return
+        raise
+    raise _name_taken(name)
+
+
+class Restoring:
+    """A container on its way back under the id `id_`; its output goes to the file `log`, "" for
+    nowhere."""
+
     def __init__(
         self,
         connection: Containerd,
@@ -111,6 +143,7 @@ class _Restoring:
         self.containerd = connection
         self.interrupts = interrupts
         self.id = id_
+        self._made: list[tuple[str, str, Message]] = []  # and how it is removed
         config, error = one.document(checkpoint_dir.CONFIG_DUMP)
         spec, error_ = one.document(checkpoint_dir.SPEC_DUMP)
         ours = config.get("grit")
@@ -133,7 +166,7 @@ class _Restoring:
 
     def run(self) -> int:
         """The new container's pid. Raises RestoreError or ContainerdError, with nothing left."""
-        undo: list[tuple[str, str, Message]] = []
+        undo = self._made
         try:
             mounts = self._prepare()
             undo.append((SNAPSHOTS, "Remove", self.snapshot))
@@ -158,11 +191,11 @@ class _Restoring:
                 raise Interrupted("interrupted")
             started = self.containerd.task(self.id)
         except ContainerdError as error:
-            raise RestoreError(f"{error}. {self._undo(undo)}") from error
+            raise RestoreError(f"{error}. {self.take_back()}") from error
         except Interrupted as error:
-            raise Interrupted(f"{error}. {self._undo(undo)}") from None
+            raise Interrupted(f"{error}. {self.take_back()}") from None
         except BaseException:
-            self._undo(undo)
+            self.take_back()
             raise
         return started.pid if started else 0
 
@@ -172,16 +205,9 @@ class _Restoring:
             return self.containerd.call(SNAPSHOTS, "Prepare", self.snapshot, m.Mounts).mounts
         except ContainerdError as error:
             if error.code == "NOT_FOUND":
-                raise RestoreError(
-                    f"the image {image or '(unknown)'} is not unpacked on this node for the "
-                    f"snapshotter {self.snapshot.snapshotter}: ctr -n {self.containerd.namespace} "
-                    f"images pull {image}"
-                ) from error
+                raise _no_image(self.containerd, self.snapshot.snapshotter, image) from error
             if error.code == "ALREADY_EXISTS":
-                raise RestoreError(
-                    f"there is a container or snapshot {self.id} already; --name gives the new one "
-                    "another name"
-                ) from error
+                raise _name_taken(self.id) from error
             raise
 
     def _container(self) -> m.OneContainer:
@@ -209,9 +235,10 @@ class _Restoring:
             )
         )
 
-    def _undo(self, steps: list[tuple[str, str, Message]]) -> str:
+    def take_back(self) -> str:
+        """Ends and removes what was made; says what could not be."""
         failures = []
-        for service, method, request in reversed(steps):
+        for service, method, request in reversed(self._made):
             try:
                 if method == "Delete" and service == TASKS:
                     self._kill()
@@ -219,6 +246,7 @@ class _Restoring:
             except ContainerdError as error:
                 if error.code != "NOT_FOUND":
                     failures.append(f"{method}: {error}")
+        self._made.clear()
         if failures:
             return f"What there is of container {self.id} could not be removed: " + "; ".join(
                 failures
@@ -233,6 +261,19 @@ class _Restoring:
             kill = m.KillTask(container_id=self.id, signal=9, all=True)
             self.containerd.do(TASKS, "Kill", kill)
             ended.result()
+
+
+def _no_image(connection: Containerd, snapshotter: str, image: str) -> RestoreError:
+    return RestoreError(
+        f"the image {image or '(unknown)'} is not unpacked on this node for the snapshotter "
+        f"{snapshotter}: ctr -n {connection.namespace} images pull {image}"
+    )
+
+
+def _name_taken(name: str) -> RestoreError:
+    return RestoreError(
+        f"there is a container or snapshot {name} already; --name gives the new one another name"
+    )
 
 
 def _require_trusted(one: stored.Stored) -> None:

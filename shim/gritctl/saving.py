@@ -6,7 +6,8 @@
     files     the log, and containerd's own description of the container
     resume    Resume: thawed, the GPU given back. Everything above fits one instant
     publish   checksums, sync, rename: now there is a checkpoint
-    end       with --exit, instead of resume, and only once the checkpoint is safe
+    end       with --exit, instead of resume, and only once the checkpoint is safe; for a migration
+              once the container runs on the other node
 
 Everything goes into a draft; what fails or is interrupted before it is published leaves nothing
 behind and the workload running. Calls to containerd are never cut short: a Pause or a Checkpoint
@@ -33,7 +34,7 @@ from shim.gritctl.interrupts import Interrupted
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, Protocol
 
     from shim.gritctl.containerd import Call, Containerd
     from shim.gritctl.interrupts import Interrupts
@@ -41,6 +42,21 @@ if TYPE_CHECKING:
     from shim.gritctl.targets import Target
 
     Answer = Call[m.Nothing]
+
+    class Elsewhere(Protocol):
+        """Where the containers are to go on. What fails raises SavingError."""
+
+        def follow(self, directory: str) -> None:
+            """All that is saved is going to be written below this directory, which is renamed
+            once it is whole."""
+
+        def check(self) -> None:
+            """Asked again and again, whether it still makes sense to go on."""
+
+        def deliver(self, idle: Callable[[], None]) -> None:
+            """The checkpoint is whole. Returns once the containers run elsewhere, and only then;
+            calls `idle`, which may raise, while it waits."""
+
 
 _LOOK_SECONDS = 0.1
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -58,7 +74,8 @@ class _Stopped(Exception):
 
 class Saving:
     """One `gritctl checkpoint`: `targets` are a container, or the containers of a pod. With `end`
-    they are killed once the checkpoint is safe, else they run on."""
+    they are killed once the checkpoint is safe, else they run on. With `elsewhere` they are killed
+    once they run there."""
 
     def __init__(
         self,
@@ -70,6 +87,7 @@ class Saving:
         *,
         pod: bool,
         end: bool,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self.containerd = containerd
         self.targets = found
@@ -77,7 +95,8 @@ class Saving:
         self.display = display
         self.interrupts = interrupts
         self.pod = pod
-        self.end = end
+        self.end = end or elsewhere is not None
+        self.elsewhere = elsewhere
         self._paused: list[Target] = []  # by us: their Resume is ours
         self._pausing: list[Answer] = []
         self._dumping: Answer | None = None
@@ -98,6 +117,8 @@ class Saving:
         try:
             try:
                 lease = self._begin_lease()
+                if self.elsewhere:
+                    self.elsewhere.follow(draft.path)
                 self._suspend()
                 for target in self.targets:
                     self._dump(target, self._place(draft, target), lease)
@@ -108,6 +129,8 @@ class Saving:
                 stuck = "" if self.end else self._resume()
                 with self.display.phase(self._all(), "publish"):
                     draft.publish_whole(sign)
+                if self.elsewhere:
+                    self.elsewhere.deliver(self._go_on_unless_stopped)
             except _Stopped:
                 self.display.say("interrupted: undoing; a GPU copy under way has to end first")
                 raise Interrupted(f"interrupted. Undone: {self._undo()}") from None
@@ -176,7 +199,7 @@ class Saving:
         key = f"gritctl-{lease}-{target.id}"
         upper = m.SnapshotRef(snapshotter=container.snapshotter, key=container.snapshot_key)
         lower = m.SnapshotRef(
-            snapshotter=container.snapshotter, key=key, parent=self._parent(container)
+            snapshotter=container.snapshotter, key=key, parent=parent_of(self.containerd, container)
         )
         with self.display.phase(str(target), "rootfs") as phase:
             left = self.containerd.call(api.SNAPSHOTS, "View", lower, m.Mounts, lease=lease)
@@ -236,6 +259,11 @@ class Saving:
                     self.containerd.do(api.TASKS, "Kill", kill)
                     ended.result()
                 except ContainerdError as error:
+                    if self.elsewhere:
+                        raise SavingError(
+                            f"container {target} runs on the other node, but could not be ended "
+                            f"here, where it is paused: {error}. Kill it, do not resume it"
+                        ) from error
                     raise SavingError(
                         f"the checkpoint {self.directory} is whole, but container {target} could "
                         f"not be ended: {error}. It is paused: gritctl resume {target.id}"
@@ -257,7 +285,7 @@ class Saving:
         failed = self._resumed()
         if self._dumping:
             self._dumping.wait()
-        done = "no checkpoint was made, and "
+        done = "" if self.elsewhere else "no checkpoint was made, and "
         if failed:
             return done + failed
         if all(one.task.status == m.PAUSED for one in self.targets):
@@ -309,6 +337,8 @@ class Saving:
     def _go_on_unless_stopped(self) -> None:
         if self.interrupts.came:
             raise _Stopped
+        if self.elsewhere:
+            self.elsewhere.check()
 
     def _anonymous(self, containers: list[Target]) -> int:
         """Bytes of memory that CRIU will have to write, 0 where we may not know."""
@@ -319,11 +349,6 @@ class Saving:
             except ContainerdError:
                 return 0
         return total
-
-    def _parent(self, container: m.Container) -> str:
-        reference = m.SnapshotRef(snapshotter=container.snapshotter, key=container.snapshot_key)
-        info = self.containerd.call(api.SNAPSHOTS, "Stat", reference, m.OneSnapshot).info
-        return info.parent if info else ""
 
     def _ingested(self, reference: str) -> int:
         try:
@@ -348,7 +373,7 @@ class Saving:
                 "namespace": self.containerd.namespace,
                 "labels": container.labels,
                 "snapshotter": container.snapshotter,
-                "parent": self._parent(container) if container.snapshot_key else "",
+                "parent": parent_of(self.containerd, container),
                 "runtime_options": {
                     "type_url": options.type_url,
                     "value": base64.b64encode(options.value).decode(),
@@ -377,6 +402,16 @@ class Saving:
 
     def _all(self) -> str:
         return str(self.targets[0]) if len(self.targets) == 1 else "pod"
+
+
+def parent_of(containerd: Containerd, container: m.Container) -> str:
+    """The snapshot that the container's own was made from: its image's. "" without one. Raises
+    ContainerdError."""
+    if not container.snapshot_key:
+        return ""
+    reference = m.SnapshotRef(snapshotter=container.snapshotter, key=container.snapshot_key)
+    info = containerd.call(api.SNAPSHOTS, "Stat", reference, m.OneSnapshot).info
+    return info.parent if info else ""
 
 
 def memory_of(pid: int) -> int:

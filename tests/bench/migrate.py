@@ -1,0 +1,250 @@
+"""`python -m tests.bench.migrate`: how fast TLS carries a checkpoint over the loopback, by the
+number of streams; and how long a container stands still that moves between two nodes of this
+machine, beside a checkpoint, a copy and a restore one after the other. All is in memory. Figures
+are for reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shim import checkpoint_dir, digests
+from shim.checkpoint_dir import Draft
+from shim.gritctl import progress, tls, wire
+from shim.gritctl.interrupts import Interrupts
+from shim.gritctl.migrate import _dialled
+from shim.gritctl.receive import Receiver
+from shim.gritctl.sending import Sending
+from tests.e2e import gpu
+from tests.e2e.conftest import running
+from tests.gritctl.certificates import authority, certificate
+from tests.test_checkpoint_dir import a_manifest
+
+if TYPE_CHECKING:
+    from shim.gritctl.wire import Connection
+    from tests.nodes.node import Node
+
+GIB = 1 << 30
+PLACE = "/var/lib/checkpoints"
+HERE, THERE, PORT = "10.98.0.1", "10.98.0.2", 7433
+_HOUR = "3600000"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.bench.migrate", description=__doc__)
+    parser.add_argument("--gib", type=float, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--without-nodes", action="store_true")
+    options = parser.parse_args()
+    if options.serve:
+        return serve(Path(options.serve))
+    size = int(options.gib * GIB)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as top:
+        over_the_loopback(Path(top), size, options.streams, options.rounds)
+    if not options.without_nodes:
+        between_nodes(size, options.rounds)
+    return None
+
+
+def over_the_loopback(top: Path, size: int, streams: list[int], rounds: int) -> None:
+    authority(top)
+    certificate(top, "localhost")
+    checkpoint = made(top / "here", size)
+    for count in [one for one in streams for _ in range(rounds)]:
+        (top / "there").mkdir(mode=0o700)
+        command = [sys.executable, "-m", "tests.bench.migrate", "--serve", str(top)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout
+            port = int(server.stdout.readline())
+            context = keys(top, server=False)
+            sender = Sending(
+                *connected(port, context, count), progress.Display(), "one", "there", 600
+            )
+            began = time.monotonic()
+            sender.follow(str(checkpoint))
+            display = sender._display = Seconds()
+            sender.deliver(lambda: None)
+            took = display.seconds
+            whole = time.monotonic() - began
+            sender.close()
+            server.terminate()
+        shutil.rmtree(top / "there")
+        print(
+            f"{count} streams: {sender.bytes / GIB:.1f} GiB sent at "
+            f"{sender.bytes / (whole - took['verify'] - took['restore']) / 1e9:.2f} GB/s, "
+            f"verified in {took['verify']:.2f} s",
+            flush=True,
+        )
+
+
+class Seconds(progress.Display):
+    """By phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def ended(self, phase: progress.Phase, *, ok: bool) -> None:
+        self.seconds[phase.name] = phase.seconds
+
+
+def keys(top: Path, *, server: bool) -> ssl.SSLContext:
+    files = [str(top / name) for name in ("localhost.crt", "localhost.key", "ca.crt")]
+    return tls.context(*files, server=server)
+
+
+def made(directory: Path, size: int) -> Path:
+    draft = Draft.begin(str(directory))
+    images = Draft.begin(os.path.join(draft.path, checkpoint_dir.IMAGES))
+    Path(images.path, "inventory.img").write_bytes(b"inventory")
+    piece = os.urandom(16 << 20)
+    with open(os.path.join(images.path, "pages-1.img"), "wb") as file:
+        for _ in range(size // len(piece)):
+            file.write(piece)
+    images.publish(a_manifest(), algorithm=digests.XXH3)
+    Path(draft.path, checkpoint_dir.CONFIG_DUMP).write_text("{}")
+    draft.publish_whole()
+    return directory
+
+
+def connected(
+    port: int, context: ssl.SSLContext, streams: int
+) -> tuple[Connection, list[Connection]]:
+    id_ = os.urandom(16).hex()
+    control = _dialled("localhost", port, context)
+    facts: dict[str, Any] = {"id": id_, "name": "one", "room": 0, "version": wire.VERSION}
+    control.send("begin", **facts, image="", snapshotter="", parent="", checksum=digests.XXH3)
+    control.expect("ready")
+    opened = [_dialled("localhost", port, context) for _ in range(streams)]
+    for one in opened:
+        one.send("join", id=id_)
+        one.expect("ready")
+    return control, opened
+
+
+class _Nothing:
+    def run(self) -> int:
+        return 1
+
+    def take_back(self) -> str:
+        return ""
+
+
+class _Place(Receiver):
+    """Restores nothing."""
+
+    def _require(self, facts: dict[str, Any], name: str) -> None: ...
+
+    def _restoring(self, place: str, name: str) -> Any:
+        return _Nothing()
+
+
+def serve(top: Path) -> None:
+    import socket
+
+    nothing: Any = None
+    context = keys(top, server=True)
+    with (
+        Interrupts() as interrupts,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        print(listener.getsockname()[1], flush=True)
+        place = str(top / "there")
+        sys.stdout = sys.stderr
+        _Place(nothing, context, place, set(), None, interrupts, once=False).serve(listener)
+
+
+# --- nodes --------------------------------------------------------------------------------
+
+
+def between_nodes(size: int, rounds: int) -> None:
+    options: dict[str, Any] = {"binds": gpu.kit_binds(), "env": gpu.ENVIRONMENT_OF_GRIT}
+    with running("forky", **options) as here, running("forky", **options) as there:
+        wired(here, there)
+        boards = [gpu.gpu_of(node, capacity=size + (64 << 20)) for node in (here, there)]
+        for node in (here, there):
+            gpu.configure(node, checksum="xxh3")
+        kinds = {
+            "plain memory": ["--kind", "cpu", "--cpu-bytes", str(size)],
+            "simulated GPU": ["--kind", "hold", "--bytes", str(size)],
+        }
+        for kind, words in kinds.items():
+            for _ in range(rounds):
+                for way in (moved, one_after_the_other):
+                    job = gpu.Job(here, boards[0], "job", "--tick-ms", _HOUR, *words)
+                    done = job.try_run()
+                    assert done.returncode == 0, done.stderr
+                    status = job.rootfs() / gpu.STATUS.lstrip("/")
+                    gpu.until("its first word", lambda: status.exists() and status.read_text(), 120)  # noqa: B023
+                    print(f"{kind}, {way(here, there)}", flush=True)
+                    for node, board in zip((here, there), boards, strict=True):
+                        gpu.Job(node, board, "job").end()
+                        shutil.rmtree(node.path(PLACE))
+
+
+def wired(here: Node, there: Node) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory)
+        authority(top)
+        certificate(top, "node", HERE, THERE)
+        for node in (here, there):
+            shutil.copytree(top, node.path("/etc/grit-keys"))
+    add = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "--", "ip", "link", "add", "wire"]
+    peer = ["type", "veth", "peer", "name", "wire", "netns", str(there.pid)]
+    subprocess.run([*add, *peer], check=True)
+    for node, address in ((here, HERE), (there, THERE)):
+        node.run(["ip", "addr", "add", f"{address}/24", "dev", "wire"])
+        node.run(["ip", "link", "set", "wire", "up"])
+
+
+def phases(text: str) -> dict[str, float]:
+    events = [json.loads(line) for line in text.splitlines()]
+    return {one["phase"]: one["seconds"] for one in events if one["event"] == "end"}
+
+
+def told(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+
+
+def moved(here: Node, there: Node) -> str:
+    files = [f"--tls-{what}=/etc/grit-keys/{name}" for what, name in _FILES.items()]
+    there.path(PLACE).mkdir()
+    listen = ["gritctl", "receive", "--once", "--listen", f"{THERE}:{PORT}", "--directory", PLACE]
+    with there.popen([*listen, *files], stdout=subprocess.PIPE) as receiver:
+        assert receiver.stdout
+        receiver.stdout.readline()
+        words = ["gritctl", "migrate", "--json", "job", "--to", f"{THERE}:{PORT}", *files]
+        found = phases(here.run(words, timeout=600).stdout)
+        receiver.communicate(timeout=60)
+    end = found.pop("end")
+    return f"migrate: {sum(found.values()):.2f} s ({told(found)}); then end {end:.2f}"
+
+
+_FILES = {"cert": "node.crt", "key": "node.key", "ca": "ca.crt"}
+
+
+def one_after_the_other(here: Node, there: Node) -> str:
+    words = ["gritctl", "checkpoint", "--exit", "--json", "job", "--to", f"{PLACE}/job"]
+    found = phases(here.run(words, timeout=600).stdout)
+    began = time.monotonic()
+    shutil.copytree(here.path(PLACE), there.path(PLACE))
+    found["copy (cp, no TLS)"] = time.monotonic() - began
+    began = time.monotonic()
+    there.run(["gritctl", "restore", f"{PLACE}/job"], timeout=600)
+    found["restore"] = time.monotonic() - began
+    return f"one after the other: {sum(found.values()):.2f} s ({told(found)})"
+
+
+if __name__ == "__main__":
+    main()
