@@ -50,6 +50,7 @@ agent_timeout = 3
 together_timeout = 120
 pause_timeout = 900
 checksum = "sha256"
+prefault = "off"
 lane = "off"
 lane_from = 1048576
 lane_threads = 4
@@ -108,6 +109,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         together_timeout=120.0,
         pause_timeout=900.0,
         checksum="sha256",
+        prefault="off",
         lane="off",
         lane_from=1 << 20,
         lane_threads=4,
