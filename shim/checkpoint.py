@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 
 from shim import (
     ahead,
@@ -39,6 +40,7 @@ from shim import (
     places,
     preflight,
     proof,
+    sealed,
     signing,
     volumes,
 )
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from shim.criu_bridge.rpc import CriuOpts
     from shim.cuda.suspension import Process
     from shim.runcstate import RunState
+    from shim.sealed import Key
     from shim.signing import Sign
 
 CRIU_CONFIG = "grit-criu-dump.conf"
@@ -101,14 +104,14 @@ def checkpoint(
     """Dumps the container into the image directory the client named; ends it afterwards if the
     client asked for that (`exit`), else leaves it paused if it was, running if it ran.
 
-    Raises Refused, CheckpointError, CudaError, CriuError, SigningError (before anything is done),
-    or the inner shim's StatusError.
+    Raises Refused, CheckpointError, CudaError, CriuError, SigningError and SealError (before
+    anything is done), or the inner shim's StatusError.
     """
     wanted = options.checkpoint_options(request.options)
     target = wanted.image_path or request.path
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
-    sign = signing.signer(container.config.sign_key)
+    sign, key = signing.signer(container.config.sign_key), sealed.key(container.config)
     draft = checkpoint_dir.Draft.begin(target)
     journal.note(container, journal.BEGUN, draft=draft.path, final=draft.final, checkpoint=None)
     try:
@@ -120,7 +123,7 @@ def checkpoint(
             _make_whole(container)
             if was_paused:
                 preflight.before_dump(container, draft.path)
-            _dump(container, draft, wanted, sign)
+            _dump(container, draft, wanted, sign, key)
         except Exception as failure:
             if draft.published and container.has_ended():
                 container.forget_pause()
@@ -146,13 +149,24 @@ def checkpoint(
             )
     finally:
         if container.kept is not draft:
-            draft.discard()
+            _discard(container, draft)
         if container.paused_by is None:
             journal.close(container)
         else:
             made = draft.final if draft.published else None
             kept = draft.path if container.kept is draft else None
             journal.note(container, journal.PAUSED, criu=None, draft=kept, checkpoint=made)
+
+
+def _discard(container: Container, draft: checkpoint_dir.Draft) -> None:
+    """A whole checkpoint is no failure for what it could not take away; it is to be told, though:
+    the plain files of an encrypted one."""
+    try:
+        draft.discard()
+    except checkpoint_dir.CheckpointDirError as error:
+        if not draft.published:
+            raise
+        log.error("unencrypted images were left behind", id=container.id, error=error)
 
 
 def resume(container: Container) -> None:
@@ -254,10 +268,11 @@ def _dump(
     draft: checkpoint_dir.Draft,
     wanted: messages.CheckpointOptions,
     sign: Sign | None,
+    key: Key | None,
 ) -> None:
-    """Has CRIU dump the frozen container into the draft, and publishes the draft, signed, when all
-    images are written but CRIU has not let go yet: a checkpoint that cannot be completed is known
-    to fail while there still is a container to go on with."""
+    """Has CRIU dump the frozen container into the draft, and publishes it, signed and encrypted, if
+    there are keys for that, when all images are written but CRIU has not let go yet: a checkpoint
+    that cannot be completed is known to fail while there still is a container to go on with."""
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
@@ -298,14 +313,18 @@ def _dump(
                 _require_copies(container)
             proof.require(cuda, draft.path, uncopied)
             manifest = _manifest(container, opts)
+            if key is not None:
+                lane.forget_digests(manifest)
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
             journal.note(container, journal.PUBLISHING)
+            known = digested.stop() if digested else None
             whole = draft.publish(
-                manifest, digested.stop(), in_lane, algorithm=algorithm, sign=sign
+                manifest, known, in_lane, algorithm=algorithm, sign=sign, encrypt=key
             )
             failpoint.reach("let-go")
-            journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
+            left = draft.path if key else None  # the plain files
+            journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=left)
             container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
@@ -314,11 +333,11 @@ def _dump(
         journal.note(container, journal.DUMPING, criu=(pid, group.start_time(pid)))
 
     algorithm = digests.algorithm(settings)
-    digested = ahead.Ahead(draft.path, algorithm)
+    digested = None if key else ahead.Ahead(draft.path, algorithm)
     failpoint.reach("dump")
     journal.note(container, journal.DUMPING)
     try:
-        with digested:
+        with digested or nullcontext():
             result = client.dump(
                 criu,
                 opts,
@@ -333,7 +352,7 @@ def _dump(
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
-        lane.moved(container, draft.final if draft.published else draft.path)
+        lane.moved(container, draft.images)
         lane.refill(container)
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from shim.sealed import Key
     from shim.signing import Sign
 
 __all__ = [
@@ -104,6 +105,8 @@ class Draft:
         self._inside = inside
         self._moved: list[str] = []
         self._begun_at = path
+        self._sealed: Draft | None = None
+        self._others: list[str] = []
         self.published = False
 
     @classmethod
@@ -161,6 +164,7 @@ class Draft:
         *,
         algorithm: str = digests.SHA256,
         sign: Sign | None = None,
+        encrypt: Key | None = None,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
@@ -168,13 +172,17 @@ class Draft:
         comes last, and then the rename. `known` are digests of blocks that were taken before (see
         `digests.take`), `whole` those of files that are synced, too, both by the same `algorithm`.
         `sign` signs the manifest, whose digests must then be ones that nobody can find a second
-        file for. Raises CheckpointDirError, after which `final` holds no checkpoint and discard()
-        removes what there is.
+        file for. With `encrypt` it is encrypted files that are published, of which nothing is
+        known; what is in the draft stays there, in the clear, until discard(). Raises
+        CheckpointDirError, after which `final` holds no checkpoint and discard() removes what there
+        is.
         """
         import time
 
         if self._lock is None:
             raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        if encrypt is not None:
+            return self._publish_sealed(manifest, encrypt, algorithm, sign)
         begun = time.monotonic()
         try:
             names = self._checked_names()
@@ -198,7 +206,7 @@ class Draft:
             _write_new(os.path.join(self.path, MANIFEST), encoded)
             _sync_directory(self.path)
             if self._inside:
-                _must_be_empty(self.final, but=os.path.basename(self.path))
+                _must_be_empty(self.final, but=[os.path.basename(self.path), *self._others])
                 self._move_up(names)
             else:
                 os.rename(self.path, self.final)
@@ -212,10 +220,55 @@ class Draft:
         self.published = True
         return made
 
+    def _publish_sealed(
+        self, manifest: Manifest, key: Key, algorithm: str, sign: Sign | None
+    ) -> Manifest:
+        """publish() of a second draft, with this one's files encrypted."""
+        import time
+
+        from shim import sealed
+
+        begun = time.monotonic()
+        try:
+            names = self._checked_names()
+            directory, base = os.path.split(self.final)
+            where = self.final if self._inside else directory
+            other = self._make(self.final, where, "" if self._inside else base, inside=self._inside)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot publish the checkpoint {self.final}: {reason(error)}"
+            ) from error
+        try:
+            other._others = [os.path.basename(self.path)]
+            kind = {"algorithm": sealed.ALGORITHM, "key": key.identity, "id": os.urandom(16).hex()}
+            sealed.seal_all(self.path, other.path, names, key, kind["id"])
+            phases = {**manifest.phases, "encrypt": round(time.monotonic() - begun, 6)}
+            values = {**vars(manifest), "encryption": kind, "phases": phases}
+            made = other.publish(Manifest(**values), algorithm=algorithm, sign=sign)
+        except OSError as error:
+            other.discard()
+            raise CheckpointDirError(
+                f"cannot encrypt the checkpoint {self.final}: {reason(error)}"
+            ) from error
+        except BaseException:
+            other.discard()
+            raise
+        self._sealed, self.published = other, True
+        return made
+
+    @property
+    def images(self) -> str:
+        """Where the files are that CRIU has written."""
+        return self.final if self.published and self._sealed is None else self.path
+
     def withdraw(self) -> None:
         """Takes back what publish() made, for a dump that failed after all; does nothing if it made
         nothing. Raises CheckpointDirError, and then the checkpoint may still be there, whole."""
         if not self.published:
+            return
+        if self._sealed is not None:
+            self._sealed.withdraw()
+            self._sealed, self.published = None, False
             return
         try:
             if self._inside:
@@ -250,7 +303,7 @@ class Draft:
                 os.chmod(os.path.join(self.path, name), 0o700)
                 _sync_directory(os.path.join(self.path, name))
             if self._inside:
-                _must_be_empty(self.final, but=os.path.basename(self.path))
+                _must_be_empty(self.final, but=[os.path.basename(self.path)])
                 for name in sorted(os.listdir(self.path), key=lambda name: name == IMAGES):
                     os.rename(os.path.join(self.path, name), os.path.join(self.final, name))
                     self._moved.append(name)
@@ -267,7 +320,8 @@ class Draft:
         self._unlock()
 
     def discard(self) -> None:
-        """Removes the draft and all in it; does nothing once published or discarded."""
+        """Removes the draft and all in it; does nothing once discarded, or published, but for the
+        plain files of a checkpoint that was encrypted."""
         if self._lock is None:
             return
         try:
@@ -819,9 +873,9 @@ def _remove_tree(path: str) -> None:
     shutil.rmtree(path)
 
 
-def _must_be_empty(path: str, but: str | None = None) -> None:
+def _must_be_empty(path: str, but: Collection[str] = ()) -> None:
     try:
-        names = sorted(name for name in os.listdir(path) if name != but)
+        names = sorted(name for name in os.listdir(path) if name not in but)
     except OSError as error:
         raise CheckpointDirError(
             f"cannot write a checkpoint to {path}: {error.strerror}"

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 
 class Restore:
-    """What Start needs to know: the image directory and, where it is confined, the `identity` that
-    it must still have then; its manifest (None for images that another tool wrote), the diff of the
-    root file system and the saved log that nobody else puts back, the GPUs the container is given,
-    the driver's map from the old ones to these, "" for the same ones, and the memory limits to put
-    back: bytes as raised -> before."""
+    """What Start needs to know: the image directory, the `source` it was decrypted from (else it is
+    that itself) and, where that is confined, the `identity` that it must still have then; its
+    manifest (None for images that another tool wrote), the diff of the root file system and the
+    saved log that nobody else puts back, the GPUs the container is given, the driver's map from the
+    old ones to these, "" for the same ones, and the memory limits to put back: bytes as raised ->
+    before."""
 
     __slots__ = (
         "device_map",
@@ -44,6 +45,7 @@ class Restore:
         "manifest",
         "raised_limits",
         "rootfs_diff",
+        "source",
     )
 
     def __init__(
@@ -56,7 +58,7 @@ class Restore:
         self.device_map = ""
         self.given: list[Gpu] = []
         self.identity: Identity | None = None
-        self.images = images
+        self.images = self.source = images
         self.log = log
         self.manifest = manifest
         self.raised_limits: dict[int, int] = {}

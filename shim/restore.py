@@ -32,6 +32,8 @@ from shim import (
     log,
     messages,
     places,
+    scratch,
+    sealed,
     uts,
 )
 from shim.checkpoint_dir import CheckpointDirError
@@ -77,7 +79,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
     config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError,
-    injected.NotGiven or headroom.NoRoom with nothing created.
+    injected.NotGiven or headroom.NoRoom with nothing created; `scratch` may have something then.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff, saved_log, identity = create.checkpoint, None, None, None
@@ -105,7 +107,9 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     if manifest is not None:
         injections = injected.give_again(container, manifest, spec, found.given)
     _write_criu_config(container, spec, found, injections)
-    create.checkpoint = images
+    if manifest is not None and manifest.encryption:
+        found.images = _decrypted(container, images, manifest)
+    create.checkpoint = found.images
     failpoint.reach("create")
     return found
 
@@ -176,7 +180,7 @@ def start(container: Container, pod: Pod) -> bytes:
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
     failpoint.reach("restore")
-    journal.note(container, journal.RESTORING, images=found.images)
+    journal.note(container, journal.RESTORING, images=found.source)
     inner = messages.ConnectResponse.decode(container.ask("Connect")).shim_pid
     watch = restoring.Watch(inner, container.bundle, container.config.restore_timeout)
     try:
@@ -209,14 +213,14 @@ def start(container: Container, pod: Pod) -> bytes:
             headroom.restored(container, found)
         failpoint.reach("restored")
     except Exception as error:
-        text = f"container {container.id}: restored from {found.images}, but {error}"
+        text = f"container {container.id}: restored from {found.source}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.given, container.restore = found.given, None
     log.info(
         "restored",
         id=container.id,
         phase="criu_restore",
-        images=found.images,
+        images=found.source,
         engine=found.engine,
         seconds=criu,
     )
@@ -261,9 +265,9 @@ def _identity(directory: str, settings: GritOptions) -> Identity | None:
 
 def _require_same(container: Container, found: Restore) -> None:
     """Raises RestoreError where the images that were verified have given way to others."""
-    if found.identity and found.identity != _identity(found.images, container.config):
+    if found.identity and found.identity != _identity(found.source, container.config):
         raise RestoreError(
-            f"container {container.id}: another directory has taken the place of {found.images} "
+            f"container {container.id}: another directory has taken the place of {found.source} "
             "since it was verified. Nothing of it was restored; look at who writes there"
         )
 
@@ -315,6 +319,45 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
             f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"
         )
     return manifest
+
+
+def _decrypted(container: Container, images: str, manifest: Manifest) -> str:
+    """Where the images lie in the clear, until Start has ended. Raises RestoreError, SealError."""
+    what = f"container {container.id}: the checkpoint {images} is encrypted"
+    kind = manifest.encryption
+    if kind["algorithm"] != sealed.ALGORITHM:
+        raise RestoreError(f"{what} by {kind['algorithm']}, which this grit does not know")
+    key = sealed.key(container.config)
+    if key is None:
+        raise RestoreError(
+            f"{what} with the key {kind['key']}, and grit.toml names no key: set "
+            "encryption_key_file or encryption_key_command"
+        )
+    if key.identity != kind["key"]:
+        raise RestoreError(f"{what} with the key {kind['key']}; the key here is {key!r}")
+    began = time.monotonic()
+    failpoint.reach("decrypt")
+    wanted = sum(file.size for file in manifest.files.values())
+    try:
+        target = scratch.make(container)
+        room = os.statvfs(target)
+        free = room.f_bavail * room.f_frsize
+        if free < wanted:
+            raise RestoreError(
+                f"{what}, and {target} has {free} bytes free of the {wanted} it is to be "
+                "decrypted to: set scratch_dir to a directory with more"
+            )
+        sealed.open_all(images, target, list(manifest.files), key, kind["id"])
+        lane.take_digests(manifest, target)
+    except OSError as error:
+        raise RestoreError(
+            f"{what}, and cannot be decrypted: {checkpoint_dir.reason(error)}"
+        ) from error
+    except CheckpointDirError as error:
+        raise RestoreError(f"{what} and was not restored: {error}") from error
+    took = time.monotonic() - began
+    log.info("decrypted", id=container.id, phase="decrypt", bytes=wanted, seconds=round(took, 3))
+    return target
 
 
 def _listed(problems: list[Problem]) -> str:

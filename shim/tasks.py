@@ -110,12 +110,19 @@ class Tasks:
         if restored:
             from shim import restore
 
-            one.restore = restore.prepare(one, request)
-        reply = self._relay(call, request.encode())
+            try:
+                one.restore = restore.prepare(one, request)
+                reply = self._relay(call, request.encode())
+            except BaseException:
+                _clean(one)
+                raise
+        else:
+            reply = self._relay(call, request.encode())
         if one.restore:
             try:
                 restore.fill(one, self._pod.filled_volumes)
             except BaseException:
+                _clean(one)
                 one.ask("Delete", messages.ExecRequest(id=one.id))
                 raise
         self._containers[one.id] = one
@@ -139,6 +146,7 @@ class Tasks:
                 reply = _for_agent(one, start)
             finally:
                 journal.close(one)
+                _clean(one)
         if one.meant:
             from shim import intents
 
@@ -205,6 +213,8 @@ class Tasks:
             self._pod.forget(one)
             watchdog.stop(one)
             journal.close(one)
+            if one.restore:
+                _clean(one)  # it was never started
             if one.kept:
                 one.kept.discard()  # nobody is left to fill in what it has
         group.remove_task(self._home, request.id)
@@ -215,6 +225,16 @@ class Tasks:
         return self._inner.call(
             call.service, call.method, payload, timeout=call.timeout, metadata=call.metadata
         )
+
+
+def _clean(one: container.Container) -> None:
+    """Takes away what was decrypted for its restore."""
+    from shim import scratch
+
+    try:
+        scratch.remove(one.bundle)
+    except OSError as error:
+        log.error("unencrypted images were left behind", id=one.id, error=error)
 
 
 def _for_agent(one: container.Container, work: Callable[[], bytes]) -> bytes:

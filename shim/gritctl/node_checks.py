@@ -12,13 +12,14 @@ import struct
 import subprocess
 import tomllib
 
-from shim import config, devices, gpu, headroom, inner, places, signing
+from shim import config, devices, gpu, headroom, inner, places, sealed, signing
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
 from shim.cuda.errors import CudaError
 from shim.gritctl import messages as m
 from shim.gritctl import output
 from shim.gritctl.containerd import INTROSPECTION, Containerd, ContainerdError
+from shim.manifest import CheckpointDirError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +85,13 @@ def trust(options: GritOptions) -> Iterator[Line]:
                 yield Line(setting, FAIL, str(error), f"put it right, or take it out of {setting}")
             else:
                 yield Line(setting, PASS, found)
+    try:
+        key = sealed.key(options)
+    except CheckpointDirError as error:
+        yield Line("encryption", FAIL, str(error), "put it right: no checkpoint can be made")
+    else:
+        if key is not None:
+            yield Line("encryption", PASS, f"{sealed.ALGORITHM}, key {key!r}")
     for root in options.checkpoint_roots:
         if not os.path.isdir(root):
             yield Line(
