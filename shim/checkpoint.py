@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
 
 from shim import (
     ahead,
@@ -53,13 +52,12 @@ from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
     from shim.cuda.suspension import Process
     from shim.runcstate import RunState
-    from shim.sealed import Key
     from shim.signing import Sign
 
 CRIU_CONFIG = "grit-criu-dump.conf"
@@ -89,7 +87,7 @@ def pause(container: Container, connection: int) -> None:
     """
     if container.suspension is None:
         try:
-            suspend_and_freeze(container, images=None)
+            suspend_and_freeze(container)
         except BaseException:
             journal.close(container)
             raise
@@ -112,18 +110,26 @@ def checkpoint(
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
     sign, key = signing.signer(container.config.sign_key), sealed.key(container.config)
-    draft = checkpoint_dir.Draft.begin(target)
-    journal.note(container, journal.BEGUN, draft=draft.path, final=draft.final, checkpoint=None)
+    draft = checkpoint_dir.Draft.begin(target, key, container.plain_in)
+    plain = draft.images if key else None
+    journal.note(
+        container,
+        journal.BEGUN,
+        draft=draft.path,
+        plain=plain,
+        final=draft.final,
+        checkpoint=None,
+    )
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            suspend_and_freeze(container, images=draft.path)
+            suspend_and_freeze(container, draft.takes_room_in)
         container.paused_by, container.orphanable = connection, True
         try:
             _make_whole(container)
             if was_paused:
-                preflight.before_dump(container, draft.path)
-            _dump(container, draft, wanted, sign, key)
+                preflight.before_dump(container, draft.takes_room_in)
+            _dump(container, draft, wanted, sign)
         except Exception as failure:
             if draft.published and container.has_ended():
                 container.forget_pause()
@@ -154,19 +160,25 @@ def checkpoint(
             journal.close(container)
         else:
             made = draft.final if draft.published else None
-            kept = draft.path if container.kept is draft else None
-            journal.note(container, journal.PAUSED, criu=None, draft=kept, checkpoint=made)
+            kept = container.kept is draft
+            journal.note(
+                container,
+                journal.PAUSED,
+                criu=None,
+                draft=draft.path if kept else None,
+                plain=plain if kept else None,
+                checkpoint=made,
+            )
 
 
 def _discard(container: Container, draft: checkpoint_dir.Draft) -> None:
-    """A whole checkpoint is no failure for what it could not take away; it is to be told, though:
-    the plain files of an encrypted one."""
+    """A whole checkpoint is no failure for what was encrypted and could not be taken away."""
     try:
         draft.discard()
     except checkpoint_dir.CheckpointDirError as error:
         if not draft.published:
             raise
-        log.error("unencrypted images were left behind", id=container.id, error=error)
+        log.error("images were left in the clear", id=container.id, error=error)
 
 
 def resume(container: Container) -> None:
@@ -222,12 +234,12 @@ def abandon(container: Container, why: str, still: Callable[[], bool] = lambda: 
             log.warning(f"{why}; the container runs on", id=container.id)
 
 
-def suspend_and_freeze(container: Container, images: str | None) -> None:
+def suspend_and_freeze(container: Container, places: Mapping[str, str] | None = None) -> None:
     """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
     looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
-    `images` is where the container is to be dumped, None for a Pause alone."""
+    `places` are those of `Draft.takes_room_in`, None for a Pause alone."""
     with gpu.helper(container.config) as driver:
-        preflight.before_suspend(container, driver, images)
+        preflight.before_suspend(container, driver, places or {})
         for _ in range(_ROUNDS):
             failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
@@ -268,11 +280,10 @@ def _dump(
     draft: checkpoint_dir.Draft,
     wanted: messages.CheckpointOptions,
     sign: Sign | None,
-    key: Key | None,
 ) -> None:
-    """Has CRIU dump the frozen container into the draft, and publishes it, signed and encrypted, if
-    there are keys for that, when all images are written but CRIU has not let go yet: a checkpoint
-    that cannot be completed is known to fail while there still is a container to go on with."""
+    """Has CRIU dump the frozen container into the draft, and publishes the draft, signed, when all
+    images are written but CRIU has not let go yet: a checkpoint that cannot be completed is known
+    to fail while there still is a container to go on with."""
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
@@ -301,31 +312,30 @@ def _dump(
             config_file=_write_criu_config(container, state, plugin),
         ),
     )
-    request.write_descriptors(state, draft.path)
-    volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
+    request.write_descriptors(state, draft.images)
+    volumes.save(bundle.read_spec(container.bundle), draft.images, settings.dump_timeout)
     criu = _criu(container, plugin)
-    in_lane = lane.write_and_drop(container, draft.path)
+    in_lane = lane.write_and_drop(container, draft.images)
     began = time.monotonic()
 
     def notified(script: str) -> bool:
         if script == "post-dump":
             if plugin:
                 _require_copies(container)
-            proof.require(cuda, draft.path, uncopied)
+            proof.require(cuda, draft.images, uncopied)
             manifest = _manifest(container, opts)
-            if key is not None:
+            if draft.key is not None:
                 lane.forget_digests(manifest)
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
             journal.note(container, journal.PUBLISHING)
-            known = digested.stop() if digested else None
             whole = draft.publish(
-                manifest, known, in_lane, algorithm=algorithm, sign=sign, encrypt=key
+                manifest, digested.stop(), in_lane, algorithm=algorithm, sign=sign
             )
             failpoint.reach("let-go")
-            left = draft.path if key else None  # the plain files
-            journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=left)
-            container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
+            journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
+            names = ("dump", "encrypt", "checksums")
+            container.phases |= {n: whole.phases[n] for n in names if n in whole.phases}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
@@ -333,15 +343,15 @@ def _dump(
         journal.note(container, journal.DUMPING, criu=(pid, group.start_time(pid)))
 
     algorithm = digests.algorithm(settings)
-    digested = None if key else ahead.Ahead(draft.path, algorithm)
+    digested = ahead.Ahead(draft.path, algorithm)  # where nothing is yet if it is encrypted
     failpoint.reach("dump")
     journal.note(container, journal.DUMPING)
     try:
-        with digested or nullcontext():
+        with digested:
             result = client.dump(
                 criu,
                 opts,
-                draft.path,
+                draft.images,
                 work,
                 on_start=dumped_by,
                 on_notify=notified,

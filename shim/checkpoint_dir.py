@@ -105,18 +105,56 @@ class Draft:
         self._inside = inside
         self._moved: list[str] = []
         self._begun_at = path
-        self._sealed: Draft | None = None
-        self._others: list[str] = []
+        self._plain: Draft | None = None
+        self.key: Key | None = None
         self.published = False
 
     @classmethod
-    def begin(cls, final: str) -> Draft:
+    def begin(cls, final: str, key: Key | None = None, plain_in: str = "") -> Draft:
         """A draft for the image directory `final`, which must be empty or not be there.
 
         It is made beside `final`, on the same file system. Where that cannot be (`final` is a
-        mount point, or its parent is not to be written to) it is made within. Raises
-        CheckpointDirError, with nothing changed.
+        mount point, or its parent is not to be written to) it is made within. With a `key`, what
+        is published is encrypted, and CRIU dumps into another directory, made in `plain_in`.
+        Raises CheckpointDirError, with nothing changed.
         """
+        draft = cls._begin(final)
+        if key is not None:
+            try:
+                draft._plain, draft.key = cls.plain(plain_in), key
+            except BaseException:
+                draft.discard()
+                raise
+        return draft
+
+    @classmethod
+    def plain(cls, directory: str) -> Draft:
+        """A draft that nothing is published of, in `directory`: for the files of an encrypted
+        checkpoint, in the clear. Raises CheckpointDirError."""
+        remove_abandoned(directory, "")
+        try:
+            return cls._make("", directory, "", inside=False)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot make a directory in {directory} (scratch_dir, for the images of encrypted "
+                f"checkpoints in the clear): {error.strerror}"
+            ) from error
+
+    @property
+    def images(self) -> str:
+        """The directory with what CRIU has written, as it wrote it."""
+        if self._plain is not None:
+            return self._plain.path
+        return self.final if self.published else self.path
+
+    @property
+    def takes_room_in(self) -> dict[str, str]:
+        """The directories that each take all images, and what helps where one is too small."""
+        more = {} if self._plain is None else {self._plain.path: "set scratch_dir to another"}
+        return {**more, self.path: "name another"}
+
+    @classmethod
+    def _begin(cls, final: str) -> Draft:
         final = os.path.realpath(final)
         parent, base = os.path.split(final)
         if not os.path.isdir(parent):
@@ -164,7 +202,6 @@ class Draft:
         *,
         algorithm: str = digests.SHA256,
         sign: Sign | None = None,
-        encrypt: Key | None = None,
     ) -> Manifest:
         """Makes the draft the checkpoint, and returns the manifest as written.
 
@@ -172,8 +209,7 @@ class Draft:
         comes last, and then the rename. `known` are digests of blocks that were taken before (see
         `digests.take`), `whole` those of files that are synced, too, both by the same `algorithm`.
         `sign` signs the manifest, whose digests must then be ones that nobody can find a second
-        file for. With `encrypt` it is encrypted files that are published, of which nothing is
-        known; what is in the draft stays there, in the clear, until discard(). Raises
+        file for. Of files that are encrypted here nothing is known before. Raises
         CheckpointDirError, after which `final` holds no checkpoint and discard() removes what there
         is.
         """
@@ -181,11 +217,11 @@ class Draft:
 
         if self._lock is None:
             raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
-        if encrypt is not None:
-            return self._publish_sealed(manifest, encrypt, algorithm, sign)
-        begun = time.monotonic()
         try:
             names = self._checked_names()
+            if self.key is not None:
+                manifest, known, whole = self._encrypted(manifest, names, self.key), None, None
+            begun = time.monotonic()
             done = whole or {}
             names_left = [name for name in names if name not in done]
             files = self._seal(names_left, algorithm=algorithm, known=known)
@@ -206,7 +242,7 @@ class Draft:
             _write_new(os.path.join(self.path, MANIFEST), encoded)
             _sync_directory(self.path)
             if self._inside:
-                _must_be_empty(self.final, but=[os.path.basename(self.path), *self._others])
+                _must_be_empty(self.final, but=os.path.basename(self.path))
                 self._move_up(names)
             else:
                 os.rename(self.path, self.final)
@@ -220,55 +256,22 @@ class Draft:
         self.published = True
         return made
 
-    def _publish_sealed(
-        self, manifest: Manifest, key: Key, algorithm: str, sign: Sign | None
-    ) -> Manifest:
-        """publish() of a second draft, with this one's files encrypted."""
+    def _encrypted(self, manifest: Manifest, names: list[str], key: Key) -> Manifest:
+        """Encrypts the files into `path`, and tells of it in the manifest that is returned."""
         import time
 
         from shim import sealed
 
         begun = time.monotonic()
-        try:
-            names = self._checked_names()
-            directory, base = os.path.split(self.final)
-            where = self.final if self._inside else directory
-            other = self._make(self.final, where, "" if self._inside else base, inside=self._inside)
-        except OSError as error:
-            raise CheckpointDirError(
-                f"cannot publish the checkpoint {self.final}: {reason(error)}"
-            ) from error
-        try:
-            other._others = [os.path.basename(self.path)]
-            kind = {"algorithm": sealed.ALGORITHM, "key": key.identity, "id": os.urandom(16).hex()}
-            sealed.seal_all(self.path, other.path, names, key, kind["id"])
-            phases = {**manifest.phases, "encrypt": round(time.monotonic() - begun, 6)}
-            values = {**vars(manifest), "encryption": kind, "phases": phases}
-            made = other.publish(Manifest(**values), algorithm=algorithm, sign=sign)
-        except OSError as error:
-            other.discard()
-            raise CheckpointDirError(
-                f"cannot encrypt the checkpoint {self.final}: {reason(error)}"
-            ) from error
-        except BaseException:
-            other.discard()
-            raise
-        self._sealed, self.published = other, True
-        return made
-
-    @property
-    def images(self) -> str:
-        """Where the files are that CRIU has written."""
-        return self.final if self.published and self._sealed is None else self.path
+        kind = {"algorithm": sealed.ALGORITHM, "key": key.identity, "id": os.urandom(16).hex()}
+        sealed.seal_all(self.images, self.path, names, key, kind["id"])
+        phases = {**manifest.phases, "encrypt": round(time.monotonic() - begun, 6)}
+        return Manifest(**{**vars(manifest), "encryption": kind, "phases": phases})
 
     def withdraw(self) -> None:
         """Takes back what publish() made, for a dump that failed after all; does nothing if it made
         nothing. Raises CheckpointDirError, and then the checkpoint may still be there, whole."""
         if not self.published:
-            return
-        if self._sealed is not None:
-            self._sealed.withdraw()
-            self._sealed, self.published = None, False
             return
         try:
             if self._inside:
@@ -303,7 +306,7 @@ class Draft:
                 os.chmod(os.path.join(self.path, name), 0o700)
                 _sync_directory(os.path.join(self.path, name))
             if self._inside:
-                _must_be_empty(self.final, but=[os.path.basename(self.path)])
+                _must_be_empty(self.final, but=os.path.basename(self.path))
                 for name in sorted(os.listdir(self.path), key=lambda name: name == IMAGES):
                     os.rename(os.path.join(self.path, name), os.path.join(self.final, name))
                     self._moved.append(name)
@@ -320,8 +323,15 @@ class Draft:
         self._unlock()
 
     def discard(self) -> None:
-        """Removes the draft and all in it; does nothing once discarded, or published, but for the
-        plain files of a checkpoint that was encrypted."""
+        """Removes the draft and all in it; does nothing once discarded, or published, but for what
+        was encrypted: that goes in any case. Raises CheckpointDirError."""
+        try:
+            self._discard()
+        finally:
+            if self._plain is not None:
+                self._plain.discard()
+
+    def _discard(self) -> None:
         if self._lock is None:
             return
         try:
@@ -335,9 +345,9 @@ class Draft:
             if os.path.lexists(self.path):
                 _remove_tree(self.path)
         except OSError as error:
+            what = "unfinished checkpoint" if self.final else "images in the clear,"
             raise CheckpointDirError(
-                f"cannot remove the unfinished checkpoint {self.path}: {reason(error)}; remove it "
-                "by hand"
+                f"cannot remove the {what} {self.path}: {reason(error)}; remove it by hand"
             ) from error
         finally:
             self._unlock()
@@ -349,7 +359,7 @@ class Draft:
 
     def _checked_names(self) -> list[str]:
         names = []
-        with os.scandir(self.path) as entries:
+        with os.scandir(self.images) as entries:
             for entry in entries:
                 if not entry.is_file(follow_symlinks=False):
                     # containerd's CRI packs the directory flat, and fails on anything else.
@@ -359,11 +369,13 @@ class Draft:
                 names.append(entry.name)
         if INVENTORY not in names:
             raise CheckpointDirError(
-                f"{self.path} has no {INVENTORY}: CRIU did not finish its dump"
+                f"{self.images} has no {INVENTORY}: CRIU did not finish its dump"
             )
         for ours in (MANIFEST, MANIFEST + SIGNATURE):
             if ours in names:
-                raise CheckpointDirError(f"{self.path} has a {ours} already; grit writes that name")
+                raise CheckpointDirError(
+                    f"{self.images} has a {ours} already; grit writes that name"
+                )
         return sorted(names)
 
     def _seal(
@@ -873,9 +885,9 @@ def _remove_tree(path: str) -> None:
     shutil.rmtree(path)
 
 
-def _must_be_empty(path: str, but: Collection[str] = ()) -> None:
+def _must_be_empty(path: str, but: str | None = None) -> None:
     try:
-        names = sorted(name for name in os.listdir(path) if name not in but)
+        names = sorted(name for name in os.listdir(path) if name != but)
     except OSError as error:
         raise CheckpointDirError(
             f"cannot write a checkpoint to {path}: {error.strerror}"

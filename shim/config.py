@@ -111,6 +111,7 @@ class GritOptions(_Settings):
     sign_key: str | None = None  # a file
     encryption_key_file: str | None = None
     encryption_key_command: tuple[str, ...] = ()  # a program and its arguments
+    old_encryption_keys: tuple[str, ...] = ()  # files, for restores alone
     scratch_dir: str | None = None  # None: in the bundle
     verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
     checkpoint_roots: tuple[str, ...] = ()  # directories; empty: anywhere
@@ -269,6 +270,7 @@ _GRIT: dict[str, Check] = {
     "sign_key": _path,
     "encryption_key_file": _path,
     "encryption_key_command": _command,
+    "old_encryption_keys": _several(_absolute, "absolute paths"),
     "scratch_dir": _path,
     "verify_keys": _several(_absolute, "absolute paths"),
     "checkpoint_roots": _several(_absolute, "absolute paths"),

@@ -116,6 +116,7 @@ class Container:
         "orphanable",
         "paused_by",
         "phases",
+        "plain",
         "raised_limits",
         "restore",
         "runc",
@@ -166,6 +167,8 @@ class Container:
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
         self.kept: Draft | None = None
         """Of a failed checkpoint: its files are all there is of some device memory."""
+        self.plain: Draft | None = None
+        """What it is being restored from, decrypted."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
         self.home = ""
@@ -222,6 +225,12 @@ class Container:
         with self._dump_guard:
             if self._dump is not None:
                 self._dump.cancel()
+
+    @property
+    def plain_in(self) -> str:
+        """Where the images of its encrypted checkpoints lie in the clear, while they are written
+        and while they are restored."""
+        return self.config.scratch_dir or self.bundle
 
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from shim import bundle, ending, group, inner, log, places, scratch
+from shim import bundle, ending, group, inner, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ def run(call: Invocation) -> int:
                 ending.end(home)
                 group.unlink(places.socket_of(address))
             os.close(lock)
-            try:
-                scratch.remove(here)  # of a restore that the daemon was killed in
-            except OSError as error:
-                log.error("unencrypted images were left behind", bundle=here, error=error)
     return inner.exec_delete(call.argv, call.get("publish-binary"))
 
 

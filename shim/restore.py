@@ -32,11 +32,10 @@ from shim import (
     log,
     messages,
     places,
-    scratch,
     sealed,
     uts,
 )
-from shim.checkpoint_dir import CheckpointDirError
+from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge import freezer, request, restoring
@@ -79,7 +78,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
     config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError,
-    injected.NotGiven or headroom.NoRoom with nothing created; `scratch` may have something then.
+    injected.NotGiven or headroom.NoRoom with nothing created but, it may be, `container.plain`.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff, saved_log, identity = create.checkpoint, None, None, None
@@ -176,6 +175,11 @@ def start(container: Container, pod: Pod) -> bytes:
     found = container.restore
     assert found is not None
     _require_same(container, found)
+    if found.images != found.source and container.plain is None:
+        raise RestoreError(
+            f"container {container.id}: what was decrypted of {found.source} was removed when its "
+            "first Start failed: delete the task and create it again"
+        )
     began = time.monotonic()
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
@@ -322,30 +326,25 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
 
 
 def _decrypted(container: Container, images: str, manifest: Manifest) -> str:
-    """Where the images lie in the clear, until Start has ended. Raises RestoreError, SealError."""
+    """Where the images lie in the clear, until Start has ended: `container.plain`. Raises
+    RestoreError."""
     what = f"container {container.id}: the checkpoint {images} is encrypted"
     kind = manifest.encryption
     if kind["algorithm"] != sealed.ALGORITHM:
         raise RestoreError(f"{what} by {kind['algorithm']}, which this grit does not know")
-    key = sealed.key(container.config)
-    if key is None:
-        raise RestoreError(
-            f"{what} with the key {kind['key']}, and grit.toml names no key: set "
-            "encryption_key_file or encryption_key_command"
-        )
-    if key.identity != kind["key"]:
-        raise RestoreError(f"{what} with the key {kind['key']}; the key here is {key!r}")
     began = time.monotonic()
-    failpoint.reach("decrypt")
     wanted = sum(file.size for file in manifest.files.values())
     try:
-        target = scratch.make(container)
+        key = sealed.key_for(container.config, kind["key"])
+        container.plain = Draft.plain(container.plain_in)
+        target = container.plain.path
+        journal.note(container, journal.DECRYPTING, images=images, plain=target)
         room = os.statvfs(target)
         free = room.f_bavail * room.f_frsize
         if free < wanted:
             raise RestoreError(
-                f"{what}, and {target} has {free} bytes free of the {wanted} it is to be "
-                "decrypted to: set scratch_dir to a directory with more"
+                f"{what}, and {container.plain_in} has {free} bytes free of the {wanted} it is to "
+                "be decrypted to: free space, or set scratch_dir to another directory"
             )
         sealed.open_all(images, target, list(manifest.files), key, kind["id"])
         lane.take_digests(manifest, target)
@@ -355,6 +354,7 @@ def _decrypted(container: Container, images: str, manifest: Manifest) -> str:
         ) from error
     except CheckpointDirError as error:
         raise RestoreError(f"{what} and was not restored: {error}") from error
+    journal.note(container, journal.DECRYPTED)
     took = time.monotonic() - began
     log.info("decrypted", id=container.id, phase="decrypt", bytes=wanted, seconds=round(took, 3))
     return target

@@ -13,15 +13,17 @@ Nonce-Reuse Misuse-Resistance, 2015).
 
 from __future__ import annotations
 
+import errno
 import os
+from functools import partial
 
 from shim import digests, signing
 from shim.manifest import CheckpointDirError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
-    from io import BufferedIOBase
+    from collections.abc import Callable, Collection
+    from io import FileIO
 
     from shim.config import GritOptions
 
@@ -29,7 +31,11 @@ ALGORITHM = "AES-256-GCM in chunks of 1 MiB"
 MAGIC = b"grit-sealed1"
 CHUNK = 1 << 20  # bytes
 
+_PART = 64
+"""Chunks that a thread takes at a time; a file of many is encrypted by many."""
+
 _SALT = 20  # bytes
+_HEAD = len(MAGIC) + _SALT
 _TAG = 16  # bytes
 _KEY = 32  # bytes
 _COMMAND_SECONDS = 30.0
@@ -56,8 +62,8 @@ class Key:
 
 
 def key(settings: GritOptions) -> Key | None:
-    """The node's key, from the file or the command that grit.toml names; None where it names
-    neither. Raises SealError, SigningError."""
+    """What the node encrypts with, from the file or the command that grit.toml names; None where it
+    names neither. Raises SealError, SigningError."""
     path, argv = settings.encryption_key_file, settings.encryption_key_command
     if path and argv:
         raise SealError(
@@ -70,6 +76,34 @@ def key(settings: GritOptions) -> Key | None:
     if argv:
         return Key(_secret(_output(argv), f"what {argv[0]} printed"), argv[0])
     assert path
+    return _from_file(path)
+
+
+def keys(settings: GritOptions) -> list[Key]:
+    """All that the node decrypts with: its key, and those it had before. Raises SealError,
+    SigningError."""
+    mine = key(settings)
+    return ([mine] if mine else []) + [_from_file(path) for path in settings.old_encryption_keys]
+
+
+def key_for(settings: GritOptions, identity: str) -> Key:
+    """The one that a checkpoint was encrypted with. Raises SealError, SigningError."""
+    found = keys(settings)
+    for one in found:
+        if one.identity == identity:
+            return one
+    if not found:
+        raise SealError(
+            f"the key is {identity}, and grit.toml names none: set encryption_key_file or "
+            "encryption_key_command"
+        )
+    here = ", ".join(map(repr, found))
+    raise SealError(
+        f"the key is {identity}, and those here are {here}: name it in old_encryption_keys"
+    )
+
+
+def _from_file(path: str) -> Key:
     data, mode = signing.read_key(path)
     if mode & 0o077:
         raise SealError(
@@ -80,65 +114,77 @@ def key(settings: GritOptions) -> Key | None:
 
 
 def seal_all(source: str, target: str, names: Collection[str], by: Key, checkpoint: str) -> None:
-    """Encrypts the files `names` of a directory into new ones in another, several at a time.
-    `checkpoint` is its id, which they are bound to. Raises OSError."""
-
-    def one(name: str) -> None:
-        with _reading(os.path.join(source, name)) as file:
-            _write(os.path.join(target, name), _sealed(file, name, by, checkpoint))
-
-    digests.in_threads([lambda n=name: one(n) for name in names])  # type: ignore[misc]
+    """Encrypts the files `names` of a directory into another, on all processors. `checkpoint` is
+    its id, which they are bound to. Raises OSError."""
+    jobs: list[Callable[[], None]] = []
+    for name in names:
+        paths = os.path.join(source, name), os.path.join(target, name)
+        size, head = os.stat(paths[0]).st_size, MAGIC + os.urandom(_SALT)
+        bound = _bound(name, checkpoint)
+        last = max(-(-size // CHUNK) - 1, 0)
+        jobs += [partial(_seal, *paths, n, last, size, head, by, bound) for n in _parts(last)]
+    digests.in_threads(jobs)
 
 
 def open_all(source: str, target: str, names: Collection[str], by: Key, checkpoint: str) -> None:
     """The reverse. Raises SealError with the name of a file that is not what was encrypted under
     that name, in that checkpoint, with that key; OSError. Then `target` is not to be used."""
+    jobs: list[Callable[[], None]] = []
+    for name in names:
+        paths = os.path.join(source, name), os.path.join(target, name)
+        size = os.stat(paths[0], follow_symlinks=False).st_size - _HEAD
+        bound = _bound(name, checkpoint)
+        last = max(-(-size // (CHUNK + _TAG)) - 1, 0)
+        jobs += [partial(_open, *paths, n, last, size, name, by, bound) for n in _parts(last)]
+    digests.in_threads(jobs)
 
-    def one(name: str) -> None:
-        with _reading(os.path.join(source, name)) as file:
-            _write(os.path.join(target, name), _opened(file, name, by, checkpoint))
 
-    digests.in_threads([lambda n=name: one(n) for name in names])  # type: ignore[misc]
-
-
-def _sealed(file: BufferedIOBase, name: str, by: Key, checkpoint: str) -> Iterator[bytes]:
-    head = MAGIC + os.urandom(_SALT)
-    yield head
-    bound = _bound(name, checkpoint)
+def _seal(
+    source: str, target: str, first: int, last: int, size: int, head: bytes, by: Key, bound: bytes
+) -> None:
+    """One part of a file: _PART chunks from the `first` on. `size` is that of all chunks."""
     cipher = _cipher()(_file_key(by, head))
-    for nonce, chunk in _chunks(file, CHUNK):
-        yield cipher.encrypt(nonce, chunk, bound)
+    with _reading(source) as plain, _writing(target) as sealed:
+        if first == 0:
+            _write(sealed, head, 0)
+        for number in range(first, min(first + _PART, last + 1)):
+            chunk = _read(plain, min(CHUNK, size - number * CHUNK), number * CHUNK)
+            data = cipher.encrypt(_nonce(number, last), chunk, bound)
+            _write(sealed, data, _HEAD + number * (CHUNK + _TAG))
 
 
-def _opened(file: BufferedIOBase, name: str, by: Key, checkpoint: str) -> Iterator[bytes]:
+def _open(
+    source: str, target: str, first: int, last: int, size: int, name: str, by: Key, bound: bytes
+) -> None:
+    """The reverse of `_seal`."""
     from cryptography.exceptions import InvalidTag
 
-    head = file.read(len(MAGIC) + _SALT)
-    if len(head) != len(MAGIC) + _SALT or not head.startswith(MAGIC):
-        raise SealError(f"{name}: is not encrypted, or its beginning is damaged")
-    bound = _bound(name, checkpoint)
-    cipher = _cipher()(_file_key(by, head))
-    at = 0
-    for nonce, chunk in _chunks(file, CHUNK + _TAG):
-        try:
-            yield cipher.decrypt(nonce, chunk, bound)
-        except (InvalidTag, ValueError):
-            raise SealError(
-                f"{name}: cannot be decrypted from byte {at} on with the key {by!r}: it is "
-                "damaged, cut short, or was another file, or another checkpoint's"
-            ) from None
-        at += CHUNK
+    with _reading(source) as sealed, _writing(target) as plain:
+        head = os.pread(sealed.fileno(), _HEAD, 0)
+        if len(head) != _HEAD or not head.startswith(MAGIC):
+            raise SealError(f"{name}: is not encrypted, or its beginning is damaged")
+        cipher = _cipher()(_file_key(by, head))
+        for number in range(first, min(first + _PART, last + 1)):
+            at = number * (CHUNK + _TAG)
+            chunk = _read(sealed, min(CHUNK + _TAG, size - at), _HEAD + at)
+            try:
+                data = cipher.decrypt(_nonce(number, last), chunk, bound)
+            except (InvalidTag, ValueError):
+                raise SealError(
+                    f"{name}: cannot be decrypted from byte {number * CHUNK} on with the key "
+                    f"{by!r}: it is damaged, cut short, or was another file, or another "
+                    "checkpoint's"
+                ) from None
+            _write(plain, data, number * CHUNK)
 
 
-def _chunks(file: BufferedIOBase, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Nonce and content of each chunk; of an empty file an empty one."""
-    chunk, number = file.read(size), 0
-    while True:
-        following = file.read(size)
-        yield number.to_bytes(11, "big") + (b"\0" if following else b"\1"), chunk
-        if not following:
-            return
-        chunk, number = following, number + 1
+def _parts(last: int) -> range:
+    """The numbers of the chunks that the parts of a file begin with."""
+    return range(0, last + 1, _PART)
+
+
+def _nonce(number: int, last: int) -> bytes:
+    return number.to_bytes(11, "big") + (b"\1" if number == last else b"\0")
 
 
 def _bound(name: str, checkpoint: str) -> bytes:
@@ -151,17 +197,28 @@ def _file_key(by: Key, head: bytes) -> bytes:
     return hmac.digest(by.secret, head, "sha256")
 
 
-def _reading(path: str) -> BufferedIOBase:
-    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+def _reading(path: str) -> FileIO:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(path, "rb", buffering=0, opener=lambda path, _: os.open(path, flags))
 
 
-def _write(path: str, parts: Iterator[bytes]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
-        for part in parts:
-            left = memoryview(part)
-            while left:
-                left = left[file.write(left) or 0 :]
+def _writing(path: str) -> FileIO:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(path, "wb", buffering=0, opener=lambda path, _: os.open(path, flags, 0o600))
+
+
+def _read(file: FileIO, size: int, at: int) -> bytes:
+    data = os.pread(file.fileno(), size, at)
+    if len(data) != size:
+        raise OSError(errno.EIO, "was cut short while it was read", file.name)
+    return data
+
+
+def _write(file: FileIO, data: bytes, at: int) -> None:
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(file.fileno(), left, at)
+        left, at = left[done:], at + done
 
 
 def _secret(data: bytes, what: str) -> bytes:

@@ -98,7 +98,11 @@ class Tasks:
             from shim import intents
 
             restored = one.meant = intents.ask(one, spec)
-        return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
+        try:
+            return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
+        except BaseException:
+            _drop_plain(one)
+            raise
 
     def _create_one(
         self,
@@ -110,19 +114,12 @@ class Tasks:
         if restored:
             from shim import restore
 
-            try:
-                one.restore = restore.prepare(one, request)
-                reply = self._relay(call, request.encode())
-            except BaseException:
-                _clean(one)
-                raise
-        else:
-            reply = self._relay(call, request.encode())
+            one.restore = restore.prepare(one, request)
+        reply = self._relay(call, request.encode())
         if one.restore:
             try:
                 restore.fill(one, self._pod.filled_volumes)
             except BaseException:
-                _clean(one)
                 one.ask("Delete", messages.ExecRequest(id=one.id))
                 raise
         self._containers[one.id] = one
@@ -145,8 +142,8 @@ class Tasks:
             try:
                 reply = _for_agent(one, start)
             finally:
+                _drop_plain(one)
                 journal.close(one)
-                _clean(one)
         if one.meant:
             from shim import intents
 
@@ -212,9 +209,8 @@ class Tasks:
         if one is not None:
             self._pod.forget(one)
             watchdog.stop(one)
+            _drop_plain(one)  # it was never started
             journal.close(one)
-            if one.restore:
-                _clean(one)  # it was never started
             if one.kept:
                 one.kept.discard()  # nobody is left to fill in what it has
         group.remove_task(self._home, request.id)
@@ -227,14 +223,18 @@ class Tasks:
         )
 
 
-def _clean(one: container.Container) -> None:
-    """Takes away what was decrypted for its restore."""
-    from shim import scratch
+def _drop_plain(one: container.Container) -> None:
+    """Removes what was decrypted for its restore, if anything was."""
+    if one.plain is None:
+        return
+    from shim.checkpoint_dir import CheckpointDirError
 
     try:
-        scratch.remove(one.bundle)
-    except OSError as error:
-        log.error("unencrypted images were left behind", id=one.id, error=error)
+        one.plain.discard()
+    except CheckpointDirError as error:
+        log.error("images were left in the clear", id=one.id, error=error)
+    one.plain = None
+    journal.close(one)
 
 
 def _for_agent(one: container.Container, work: Callable[[], bytes]) -> bytes:

@@ -59,6 +59,7 @@ sign_key = "/etc/grit/node.pem"
 verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
 encryption_key_file = "/etc/grit/key"
 encryption_key_command = ["/usr/bin/key", "get"]
+old_encryption_keys = ["/etc/grit/old-key"]
 scratch_dir = "/var/scratch"
 checkpoint_roots = ["/var/lib/checkpoints"]
 trusted_uids = [65534]
@@ -120,6 +121,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),
         encryption_key_file="/etc/grit/key",
         encryption_key_command=("/usr/bin/key", "get"),
+        old_encryption_keys=("/etc/grit/old-key",),
         scratch_dir="/var/scratch",
         checkpoint_roots=("/var/lib/checkpoints",),
         trusted_uids=(65534,),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shim import checkpoint_dir, scratch, sealed
+from shim import checkpoint_dir, sealed
 from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.config import ConfigError, GritOptions, parse
 from shim.sealed import CHUNK, MAGIC, Key, SealError
-from tests.test_checkpoint_dir import a_manifest, dump_into
+from tests.test_checkpoint_dir import a_manifest
 
 KEY = Key(b"k" * 32, "/etc/grit/key")
 HEAD = len(MAGIC) + 20
@@ -36,8 +36,9 @@ def opened(three: Path, name: str, *, by: Key = KEY, checkpoint: str = "one") ->
     return (three / "opened" / name).read_bytes()
 
 
-@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 5])
-def test_comes_back(three: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 6 * CHUNK + 5])
+def test_comes_back(three: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed, "_PART", 2)
     data = os.urandom(size)
     (three / "plain/a").write_bytes(data)
     seal(three, "a")
@@ -106,7 +107,7 @@ def test_anothers_file_is_refused(three: Path) -> None:
 
 
 def key_file(tmp_path: Path, data: bytes, mode: int = 0o600) -> GritOptions:
-    path = tmp_path / f"key-{len(data)}-{mode:o}"
+    path = tmp_path / f"key-{len(data)}-{mode:o}-{data[:1].hex()}"
     path.write_bytes(data)
     path.chmod(mode)
     return GritOptions(encryption_key_file=str(path))
@@ -122,7 +123,7 @@ def test_where_the_key_comes_from(tmp_path: Path) -> None:
         sealed.key(key_file(tmp_path, bytes(range(32)))),
         sealed.key(key_file(tmp_path, bytes(range(32)).hex().encode() + b"\n")),
         sealed.key(command("/bin/echo", bytes(range(32)).hex().upper())),
-        sealed.key(command("/bin/cat", str(tmp_path / "key-32-600"))),
+        sealed.key(command("/bin/cat", str(tmp_path / "key-32-600-00"))),
     ]
     assert {one.secret for one in found if one} == {bytes(range(32))}
     assert len({one.identity for one in found if one}) == 1
@@ -154,6 +155,23 @@ def test_no_key_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             sealed.key(settings)
 
 
+def test_a_new_key_is_for_new_checkpoints(tmp_path: Path) -> None:
+    old, new = (key_file(tmp_path, (c * 32).encode()).encryption_key_file for c in "on")
+    assert old
+    before = sealed.key(GritOptions(encryption_key_file=old))
+    assert before
+    both = GritOptions(encryption_key_file=new, old_encryption_keys=(old,))
+    now = sealed.key(both)
+    assert now
+    assert now.identity != before.identity
+    for one in (before, now):
+        assert sealed.key_for(both, one.identity).secret == one.secret
+    with pytest.raises(SealError, match=f"the key is {before.identity}, and those here are .*/key"):
+        sealed.key_for(GritOptions(encryption_key_file=new), before.identity)
+    with pytest.raises(SealError, match="names none: set encryption_key_file"):
+        sealed.key_for(GritOptions(), before.identity)
+
+
 def test_what_grit_toml_may_say() -> None:
     text = '[grit]\nencryption_key_command = ["/usr/bin/vault", "read", "k"]\n'
     assert parse(text, "x")[1].encryption_key_command == ("/usr/bin/vault", "read", "k")
@@ -162,80 +180,88 @@ def test_what_grit_toml_may_say() -> None:
             parse(f"[grit]\nencryption_key_command = {value}\n", "x")
 
 
+def a_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool) -> tuple[Draft, Path]:
+    """One that is to be encrypted, with all that CRIU writes; and where it will be. With the plain
+    files goes nothing else than they."""
+    monkeypatch.setattr(checkpoint_dir, "_is_mount_point", lambda path: mounted)
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "scratch").mkdir()
+    final = tmp_path / "stored/checkpoint"
+    final.mkdir()
+    draft = Draft.begin(str(final), KEY, str(tmp_path / "scratch"))
+    for name, data in PLAIN.items():
+        Path(draft.images, name).write_bytes(data)
+    return draft, final
+
+
+PLAIN = {"inventory.img": b"secret 1", "pages-1.img": b"secret 2" * CHUNK, "empty.img": b""}
+
+
+def contents(directory: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
 @pytest.mark.parametrize("mounted", [False, True])
 def test_a_draft_is_published_encrypted(
-    tmp_path: Path, mounted: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool
 ) -> None:
-    monkeypatch.setattr(checkpoint_dir, "_is_mount_point", lambda path: mounted)
-    final = tmp_path / "checkpoint"
-    final.mkdir()
-    draft = Draft.begin(str(final))
-    dump_into(draft)
-    plain = {path.name: path.read_bytes() for path in Path(draft.path).iterdir()}
-    made = draft.publish(a_manifest(), encrypt=KEY)
-    assert Path(draft.images) == Path(draft.path) != final  # for the lane to fill in from
-    assert {path.name: path.read_bytes() for path in Path(draft.images).iterdir()} == plain
+    draft, final = a_draft(tmp_path, monkeypatch, mounted)
+    assert Path(draft.images).parent == tmp_path / "scratch"
+    assert Path(draft.images).stat().st_mode & 0o777 == 0o700
+    made = draft.publish(a_manifest())
+    assert contents(draft.images) == PLAIN  # for the lane to fill in from
+    assert not any(b"secret" in path.read_bytes() for path in final.rglob("*") if path.is_file())
     draft.discard()
-    assert not Path(draft.path).exists()
+    assert os.listdir(tmp_path / "scratch") == []
+    assert os.listdir(final.parent) == ["checkpoint"]
     loaded = checkpoint_dir.load(str(final))
     assert loaded == made
     assert loaded.encryption["key"] == KEY.identity
     assert checkpoint_dir.verify(str(final), loaded) == []  # without a key
-    assert {path.name for path in final.iterdir()} == {*plain, "grit.json"}
+    assert {path.name for path in final.iterdir()} == {*PLAIN, "grit.json"}
     target = tmp_path / "clear"
     target.mkdir()
-    sealed.open_all(str(final), str(target), list(plain), KEY, loaded.encryption["id"])
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == plain
+    sealed.open_all(str(final), str(target), list(PLAIN), KEY, loaded.encryption["id"])
+    assert contents(target) == PLAIN
 
 
 @pytest.mark.parametrize("mounted", [False, True])
 def test_an_encrypted_one_is_withdrawn(
-    tmp_path: Path, mounted: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool
 ) -> None:
-    monkeypatch.setattr(checkpoint_dir, "_is_mount_point", lambda path: mounted)
-    final = tmp_path / "checkpoint"
-    final.mkdir()
-    draft = Draft.begin(str(final))
-    dump_into(draft)
-    draft.publish(a_manifest(), encrypt=KEY)
+    draft, final = a_draft(tmp_path, monkeypatch, mounted)
+    draft.publish(a_manifest())
     draft.withdraw()
     assert not (final / "grit.json").exists()
-    assert "inventory.img" in os.listdir(draft.images)  # still there for a refill
+    assert contents(draft.images) == PLAIN  # still there for a refill
     draft.discard()
     assert list(tmp_path.rglob("*.img")) == []
 
 
-def test_what_cannot_be_encrypted_leaves_nothing(tmp_path: Path) -> None:
-    draft = Draft.begin(str(tmp_path / "checkpoint"))
-    dump_into(draft)
-    (Path(draft.path) / "a-link").symlink_to("inventory.img")
+def test_what_cannot_be_encrypted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, _ = a_draft(tmp_path, monkeypatch, mounted=False)
+    Path(draft.images, "a-link").symlink_to("inventory.img")
     with pytest.raises(CheckpointDirError, match="is not a plain file"):
-        draft.publish(a_manifest(), encrypt=KEY)
-    assert os.listdir(tmp_path) == [os.path.basename(draft.path)]
+        draft.publish(a_manifest())
     assert not draft.published
+    draft.discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-class _Container:
-    """What `scratch` asks of one."""
-
-    id, namespace = "job", "default"
-
-    def __init__(self, bundle: Path, scratch_dir: Path | None) -> None:
-        self.bundle = str(bundle)
-        self.config = GritOptions(scratch_dir=str(scratch_dir) if scratch_dir else None)
+def test_without_room_for_the_plain_files_nothing_begins(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointDirError, match=r"/no/scratch \(scratch_dir, .*No such file"):
+        Draft.begin(str(tmp_path / "checkpoint"), KEY, "/no/scratch")
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_scratch_goes_whoever_looks_for_it(tmp_path: Path, elsewhere: bool) -> None:
-    bundle, place = tmp_path / "bundle", tmp_path / "place"
-    bundle.mkdir()
-    place.mkdir()
-    one = _Container(bundle, place if elsewhere else None)
-    scratch.remove(str(bundle))
-    path = Path(scratch.make(one))  # type: ignore[arg-type]
-    assert path.parent == (place if elsewhere else bundle)
-    assert path.stat().st_mode & 0o777 == 0o700
-    (path / "secret").write_text("x")
-    assert not any(Path(scratch.make(one)).iterdir())  # type: ignore[arg-type]
-    scratch.remove(str(bundle))
-    assert [*bundle.iterdir(), *place.iterdir()] == []
+def test_what_was_left_in_the_clear_goes_with_the_next(tmp_path: Path) -> None:
+    """Whoever made it: its daemon was killed, so that it is not locked."""
+    mine = Draft.plain(str(tmp_path))
+    left = tmp_path / ".grit-partial-0123456789abcdef"
+    left.mkdir()
+    (left / "pages-1.img").write_text("secret")
+    another = Draft.plain(str(tmp_path))
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {os.path.basename(one.path) for one in (mine, another)}

@@ -86,12 +86,15 @@ def trust(options: GritOptions) -> Iterator[Line]:
             else:
                 yield Line(setting, PASS, found)
     try:
-        key = sealed.key(options)
+        keys = sealed.keys(options)
     except CheckpointDirError as error:
-        yield Line("encryption", FAIL, str(error), "put it right: no checkpoint can be made")
+        yield Line("encryption", FAIL, str(error), "put it right, or take it out of grit.toml")
     else:
-        if key is not None:
-            yield Line("encryption", PASS, f"{sealed.ALGORITHM}, key {key!r}")
+        if keys:
+            yield Line("encryption", PASS, f"{sealed.ALGORITHM}, {', '.join(map(repr, keys))}")
+    if options.scratch_dir and not os.path.isdir(options.scratch_dir):
+        text = f"there is no directory {options.scratch_dir}"
+        yield Line("scratch_dir", FAIL, text, "make or mount it, or take it out of grit.toml")
     for root in options.checkpoint_roots:
         if not os.path.isdir(root):
             yield Line(
