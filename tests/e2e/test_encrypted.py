@@ -1,17 +1,22 @@
-"""Encrypted checkpoints on a real node, with a real (simulated-GPU) container."""
+"""Encrypted checkpoints on a real node, of a real container with a simulated GPU. What goes wrong
+in the middle of one: tests/matrix/test_encrypted.py."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cryptography
 import pytest
 
-from tests.e2e.gpu import configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.gpu import GRIT, configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.test_gpu_checkpoint import diff_beside
 from tests.e2e.test_gritctl_stored import gritctl
-from tests.e2e.test_trust import make_key
+from tests.nodes.installed import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.e2e.gpu import Job
     from tests.nodes.node import Node
@@ -21,45 +26,101 @@ if TYPE_CHECKING:
     StartJob = Callable[..., Job]
 
 KEY = "/etc/grit/encryption.key"
+PLAIN = {"engine": "driver", "lane_from": 4096}
+SETTINGS = {**PLAIN, "encryption_key_file": KEY}
+BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
+TOKEN = "a-password-in-the-environment"
+
+pytestmark = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
 
 
-@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
-def test_encrypted_and_restored(gpu_node: Place, start_job: StartJob, images: str) -> None:
-    node, _ = gpu_node
-    make_key(node, "any")  # brings `cryptography`
+def give_key(node: Node) -> Path:
+    """The host's path of the node's key, which is made now, with what reads it."""
+    (packages,) = node.path(f"{ENVIRONMENT}/lib").glob("python3*/site-packages")
+    source = Path(cryptography.__file__).parent
+    shutil.copytree(source, packages / "cryptography", dirs_exist_ok=True)
     key = node.path(KEY)
+    key.parent.mkdir(exist_ok=True)
     key.write_text("ab" * 32)
     key.chmod(0o600)
-    settings = {"engine": "driver", "lane_from": 4096}
-    configure(node, **settings, encryption_key_file=KEY)
-    job = start_job(runtime=honouring(node))
+    return key
+
+
+@pytest.fixture
+def key(gpu_node: Place) -> Iterator[Path]:
+    node, _ = gpu_node
+    yield give_key(node)
+    configure(node)
+    shutil.rmtree(node.path(KEY).parent)
+
+
+def in_the_clear(node: Node) -> list[str]:
+    """What of decrypted or yet to be encrypted images is there."""
+    return [str(path) for path in node.path(BUNDLES).glob("*/.grit-partial-*")]
+
+
+def found(secrets: list[bytes], directory: Path) -> list[bytes]:
+    """Which of the secrets some file in the directory has."""
+    files = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    assert files
+    return [secret for secret in secrets if any(secret in data for data in files)]
+
+
+def test_no_secret_lies_there_and_all_comes_back(
+    gpu_node: Place, start_job: StartJob, images: str, key: Path
+) -> None:
+    node, _ = gpu_node
+    place = images.removesuffix("/checkpoint")
+    plain = f"{place}/before/checkpoint"
+    node.path(plain).parent.mkdir()
+    configure(node, **PLAIN)
+    job = start_job(runtime=honouring(node), options=[f"--env=PASSWORD={TOKEN}"])
     before = job.next_report()
+    job.checkpoint_task(plain)
+    job.save_rootfs(diff_beside(plain))
+    job.end()
+    lane = max(node.path(plain).glob("lane-*"), key=lambda path: path.stat().st_size)
+    secrets = [TOKEN.encode(), lane.read_bytes()[-64:]]  # memory of the CPU's, and of the GPU's
+    assert len(set(secrets[1])) > 16
+    assert found(secrets, node.path(plain)) == secrets
+
+    configure(node, **SETTINGS)
+    job = restored_by_annotation(start_job, plain, runtime=honouring(node))
+    shutil.rmtree(node.path(plain).parent)
     job.checkpoint_task(images, "--exit")
     until("the container's end", lambda: job.status() == "STOPPED")
-    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    assert found(secrets, node.path(images).parent) == []
+    assert in_the_clear(node) == []
+    job.save_rootfs(diff_beside(images))
     job.end()
-    files = {path.name: path.read_bytes() for path in node.path(images).iterdir()}
-    assert any(name.startswith("lane-") for name in files)
-    assert all(
-        data.startswith(b"grit-sealed1") for name, data in files.items() if name != "grit.json"
-    )
-    assert not any(path.name.startswith(".") for path in node.path(images).parent.iterdir())
-    place = images.removesuffix("/checkpoint")
     assert "encrypted (AES-256-GCM" in gritctl(node, "verify", place)
     assert "cannot be shown" in gritctl(node, "show", place)
+    again = restored_by_annotation(start_job, images, runtime=honouring(node))
+    go_on(before, again.next_report())
+    assert in_the_clear(node) == []
+    again.checkpoint_task(f"{images}-next")  # and runs on, with its memory filled in again
+    go_on(before, again.next_report())
+    assert in_the_clear(node) == []
 
-    bundle = node.path("/run/containerd/io.containerd.runtime.v2.task/default")
-    note = f"--annotation=grit.dev/checkpoint={place}"
-    for text, said in (("cd" * 32, "the key here is"), ("", "is no key")):
+
+def test_by_ctr_and_not_without_the_key(gpu_node: Place, start_job: StartJob, key: Path) -> None:
+    """`ctr container checkpoint` packs the encrypted files into an image of containerd's."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=GRIT)
+    before = job.next_report()
+    job.checkpoint_container("local/saved:1")
+    job.end()
+    for text, said in (("cd" * 32, "name it in old_encryption_keys"), ("", "is no key")):
         key.write_text(text)
-        refused = start_job(name="again", options=[note], run=False)
-        done = refused.try_run()
-        assert done.returncode and said in done.stderr
-        refused.end()
+        words = ["container", "restore", "--live", "--rw", job.name, "local/saved:1"]
+        refused = job.ctr(*words, check=False)
+        assert refused.returncode != 0
+        assert said in refused.stderr
+        assert job.status() == ""
+        job.end()
+    assert in_the_clear(node) == []
     key.write_text("ab" * 32)
-    again = restored_by_annotation(start_job, images)
-    go_on(before, again.next_report())
-    assert list(bundle.glob("*/grit-scratch")) == []
-    again.checkpoint_task(f"{images}2")  # and runs on, with its memory filled in again
-    go_on(before, again.next_report())
-    configure(node)
+    job.restore_container("local/saved:1")
+    go_on(before, job.next_report())
+    assert in_the_clear(node) == []
