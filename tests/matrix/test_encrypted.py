@@ -13,8 +13,8 @@ import pytest
 from shim import failpoint
 from tests.e2e.gpu import until
 from tests.e2e.test_encrypted import SETTINGS, give_key
+from tests.e2e.test_gpu_failures import tmpfs
 from tests.matrix import test_daemon, test_processes
-from tests.matrix.cell import IMAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,20 +92,18 @@ def test_daemon_killed_in_a_restore(cell: Cell, scratch: Path, phase: str) -> No
 
 def test_no_room_in_the_clear(cell: Cell, scratch: Path) -> None:
     """Refused before anything is done: to a container, or for one that is to be restored."""
-    cell.node.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", SCRATCH])
-    try:
+    said = "free space, or set scratch_dir to another directory"
+    with tmpfs(cell.node, SCRATCH, "64k"):
         told = cell.checkpoint().result(60)
-        assert "free space, or set scratch_dir to another directory; nothing was done" in told
-        assert not os.listdir(scratch)
-    finally:
-        cell.node.run(["umount", SCRATCH])
-    cell.came("no room in scratch_dir", "checkpoint", "lock", cell.alive(whole=False))
+        assert f"{said}; nothing was done" in told
+    came = cell.alive(whole=False)
+    cell.came("no room in scratch_dir", "checkpoint", "lock", came)
+
+
+def test_no_room_in_the_clear_for_a_restore(cell: Cell, scratch: Path) -> None:
     cell.end_by_checkpoint()
-    cell.node.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", SCRATCH])
-    try:
+    with tmpfs(cell.node, SCRATCH, "64k"):
         told = cell.restore().result(60)
         assert "free space, or set scratch_dir to another directory" in told
-        assert not os.listdir(scratch)
-    finally:
-        cell.node.run(["umount", SCRATCH])
-    cell.came("no room in scratch_dir", "restore", "create", cell.restorable(told, IMAGES))
+        assert os.listdir(scratch) == []
+    cell.came("no room in scratch_dir", "restore", "create", cell.restorable(told))
