@@ -14,7 +14,9 @@ from shim import failpoint
 from tests.e2e.gpu import until
 from tests.e2e.test_encrypted import SETTINGS, give_key
 from tests.e2e.test_gpu_failures import tmpfs
+from tests.e2e.test_gritctl_stored import gritctl
 from tests.matrix import test_daemon, test_processes
+from tests.matrix.cell import PLACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,3 +109,15 @@ def test_no_room_in_the_clear_for_a_restore(cell: Cell, scratch: Path) -> None:
         assert "free space, or set scratch_dir to another directory" in told
         assert os.listdir(scratch) == []
     cell.came("no room in scratch_dir", "restore", "create", cell.restorable(told))
+
+
+def test_by_gritctl(cell: Cell, scratch: Path) -> None:
+    """The restored container's daemon has the same grit.toml."""
+    where = f"{PLACE}/saved"
+    gritctl(cell.node, "checkpoint", "job", "--to", where, "--exit")
+    assert b"grit-sealed1" in cell.node.path(f"{where}/checkpoint/inventory.img").read_bytes()
+    assert "encrypted (AES-256-GCM" in gritctl(cell.node, "verify", where)
+    cell.box.remove()
+    gritctl(cell.node, "restore", where)
+    _empty(scratch)
+    cell.box.check()
