@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,14 @@ def test_no_key_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         with pytest.raises(SealError, match=said):
             sealed.key(settings)
+
+
+def test_nothing_is_imported_for_it_where_it_is_off() -> None:
+    code = (
+        "import sys; from shim import checkpoint, restore, sealed; from shim.config import "
+        "GritOptions; sealed.key(GritOptions()); print('cryptography' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"
 
 
 def test_a_new_key_is_for_new_checkpoints(tmp_path: Path) -> None:

@@ -11,7 +11,17 @@ import tarfile
 
 import click
 
-from shim import checkpoint_dir, config, confined, devices, gpu, headroom, oci_layer, signing
+from shim import (
+    checkpoint_dir,
+    config,
+    confined,
+    devices,
+    gpu,
+    headroom,
+    oci_layer,
+    sealed,
+    signing,
+)
 from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
@@ -210,6 +220,11 @@ def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -
             )
     if manifest and manifest.engine != "none":
         found += _against_gpu(one, settings)
+    if manifest and manifest.encryption:
+        try:
+            sealed.key_for(settings, manifest.encryption["key"])
+        except CheckpointDirError as error:
+            found.append(f"it is encrypted: {error}")
     if manifest and manifest.kernel != os.uname().release:
         notes.append(f"made on Linux {manifest.kernel}; here runs {os.uname().release}")
     if contents:

@@ -12,7 +12,7 @@ import pytest
 
 from shim import failpoint
 from tests.e2e.gpu import until
-from tests.e2e.test_encrypted import SETTINGS, give_key
+from tests.e2e.test_encrypted import KEY, SETTINGS, give_key
 from tests.e2e.test_gpu_failures import tmpfs
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.matrix import test_daemon, test_processes
@@ -117,6 +117,12 @@ def test_by_gritctl(cell: Cell, scratch: Path) -> None:
     gritctl(cell.node, "checkpoint", "job", "--to", where, "--exit")
     assert b"grit-sealed1" in cell.node.path(f"{where}/checkpoint/inventory.img").read_bytes()
     assert "encrypted (AES-256-GCM" in gritctl(cell.node, "verify", where)
+    assert "CRIU" in gritctl(cell.node, "show", where)
+    gritctl(cell.node, "diff", where, where)
+    cell.node.path(KEY).write_text("cd" * 32)
+    told = gritctl(cell.node, "verify", where, status=4)
+    assert "it is encrypted: the key is " in told
+    give_key(cell.node)
     cell.box.remove()
     gritctl(cell.node, "restore", where)
     _empty(scratch)
