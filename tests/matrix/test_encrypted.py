@@ -6,16 +6,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from shim import failpoint
+from tests.e2e.faults import criu_halted
 from tests.e2e.gpu import until
 from tests.e2e.test_encrypted import KEY, SETTINGS, give_key
 from tests.e2e.test_gpu_failures import tmpfs
 from tests.e2e.test_gritctl_stored import gritctl
-from tests.matrix import test_daemon, test_processes
+from tests.matrix import test_daemon
 from tests.matrix.cell import PLACE
 
 if TYPE_CHECKING:
@@ -61,7 +62,24 @@ def test_error_in_a_restore(cell: Cell, scratch: Path, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", ["dump", "publish", "let-go"])
 def test_criu_killed_in_a_checkpoint(cell: Cell, scratch: Path, phase: str) -> None:
-    test_processes.test_criu_in_a_checkpoint(cell, phase, "killed")
+    """When it has the processes in its hands, before and after the checkpoint is published."""
+    held = cell.held(phase)
+    client = cell.checkpoint()
+    held.reached()
+    assert os.listdir(scratch)
+    if phase == "dump":
+        held.go_on()
+        job: Any = cell.box
+        os.kill(criu_halted(job), signal.SIGKILL)
+    else:
+        for pid in cell.node.pids("criu"):
+            os.kill(cell.node.host_pid(pid), signal.SIGKILL)
+        held.go_on()
+    told = client.result(60)
+    assert "killed by signal 9" in told
+    _empty(scratch)
+    came = cell.dead(told) if "the container has ended" in told else cell.alive(whole=False)
+    cell.came("CRIU killed", "checkpoint", phase, came)
 
 
 @pytest.mark.parametrize("phase", failpoint.CHECKPOINT)
