@@ -281,9 +281,10 @@ def _dump(
     wanted: messages.CheckpointOptions,
     sign: Sign | None,
 ) -> None:
-    """Has CRIU dump the frozen container into the draft, and publishes the draft, signed, when all
-    images are written but CRIU has not let go yet: a checkpoint that cannot be completed is known
-    to fail while there still is a container to go on with."""
+    """Has CRIU dump the frozen container into the draft, and publishes the draft, encrypted and
+    signed where there are keys, when all images are written but CRIU has not let go yet: a
+    checkpoint that cannot be completed is known to fail while there still is a container to go on
+    with."""
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"

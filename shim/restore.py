@@ -2,9 +2,10 @@
 
     Create   find the image directory, waiting for its download if need be, verify it, tell CRIU's
              options to the inner shim's `runc restore` the only way it listens (a configuration
-             file named by an annotation), and put the root file system's diff and the log in place
+             file named by an annotation), decrypt the images, and put the root file system's diff
+             and the log in place
     Start    the inner shim restores the processes, whose pod gets its host name back; then each
-             CUDA process gets its GPU back and is asked whether it runs
+             CUDA process gets its GPU back and is asked whether it runs; what was decrypted goes
 
 CRIU reports success even where the CUDA side failed, so nothing is believed here that the driver
 has not said itself. A restore that fails leaves nothing running and its log behind.
