@@ -39,6 +39,7 @@ from shim import (
     places,
     preflight,
     proof,
+    sealed,
     signing,
     volumes,
 )
@@ -51,7 +52,7 @@ from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
@@ -86,7 +87,7 @@ def pause(container: Container, connection: int) -> None:
     """
     if container.suspension is None:
         try:
-            suspend_and_freeze(container, images=None)
+            suspend_and_freeze(container)
         except BaseException:
             journal.close(container)
             raise
@@ -101,25 +102,33 @@ def checkpoint(
     """Dumps the container into the image directory the client named; ends it afterwards if the
     client asked for that (`exit`), else leaves it paused if it was, running if it ran.
 
-    Raises Refused, CheckpointError, CudaError, CriuError, SigningError (before anything is done),
-    or the inner shim's StatusError.
+    Raises Refused, CheckpointError, CudaError, CriuError, SigningError and SealError (before
+    anything is done), or the inner shim's StatusError.
     """
     wanted = options.checkpoint_options(request.options)
     target = wanted.image_path or request.path
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
-    sign = signing.signer(container.config.sign_key)
-    draft = checkpoint_dir.Draft.begin(target)
-    journal.note(container, journal.BEGUN, draft=draft.path, final=draft.final, checkpoint=None)
+    sign, key = signing.signer(container.config.sign_key), sealed.key(container.config)
+    draft = checkpoint_dir.Draft.begin(target, key, container.plain_in)
+    plain = draft.images if key else None
+    journal.note(
+        container,
+        journal.BEGUN,
+        draft=draft.path,
+        plain=plain,
+        final=draft.final,
+        checkpoint=None,
+    )
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            suspend_and_freeze(container, images=draft.path)
+            suspend_and_freeze(container, draft.takes_room_in)
         container.paused_by, container.orphanable = connection, True
         try:
             _make_whole(container)
             if was_paused:
-                preflight.before_dump(container, draft.path)
+                preflight.before_dump(container, draft.takes_room_in)
             _dump(container, draft, wanted, sign)
         except Exception as failure:
             if draft.published and container.has_ended():
@@ -146,13 +155,30 @@ def checkpoint(
             )
     finally:
         if container.kept is not draft:
-            draft.discard()
+            _discard(container, draft)
         if container.paused_by is None:
             journal.close(container)
         else:
             made = draft.final if draft.published else None
-            kept = draft.path if container.kept is draft else None
-            journal.note(container, journal.PAUSED, criu=None, draft=kept, checkpoint=made)
+            kept = container.kept is draft
+            journal.note(
+                container,
+                journal.PAUSED,
+                criu=None,
+                draft=draft.path if kept else None,
+                plain=plain if kept else None,
+                checkpoint=made,
+            )
+
+
+def _discard(container: Container, draft: checkpoint_dir.Draft) -> None:
+    """A whole checkpoint is no failure for what was encrypted and could not be taken away."""
+    try:
+        draft.discard()
+    except checkpoint_dir.CheckpointDirError as error:
+        if not draft.published:
+            raise
+        log.error("images were left in the clear", id=container.id, error=error)
 
 
 def resume(container: Container) -> None:
@@ -208,12 +234,12 @@ def abandon(container: Container, why: str, still: Callable[[], bool] = lambda: 
             log.warning(f"{why}; the container runs on", id=container.id)
 
 
-def suspend_and_freeze(container: Container, images: str | None) -> None:
+def suspend_and_freeze(container: Container, places: Mapping[str, str] | None = None) -> None:
     """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
     looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
-    `images` is where the container is to be dumped, None for a Pause alone."""
+    `places` are those of `Draft.takes_room_in`, None for a Pause alone."""
     with gpu.helper(container.config) as driver:
-        preflight.before_suspend(container, driver, images)
+        preflight.before_suspend(container, driver, places or {})
         for _ in range(_ROUNDS):
             failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
@@ -255,9 +281,10 @@ def _dump(
     wanted: messages.CheckpointOptions,
     sign: Sign | None,
 ) -> None:
-    """Has CRIU dump the frozen container into the draft, and publishes the draft, signed, when all
-    images are written but CRIU has not let go yet: a checkpoint that cannot be completed is known
-    to fail while there still is a container to go on with."""
+    """Has CRIU dump the frozen container into the draft, and publishes the draft, encrypted and
+    signed where there are keys, when all images are written but CRIU has not let go yet: a
+    checkpoint that cannot be completed is known to fail while there still is a container to go on
+    with."""
     settings = container.config
     state = container.runc_state()
     plugin = container.suspension is not None and container.suspension.engine == "plugin"
@@ -286,18 +313,20 @@ def _dump(
             config_file=_write_criu_config(container, state, plugin),
         ),
     )
-    request.write_descriptors(state, draft.path)
-    volumes.save(bundle.read_spec(container.bundle), draft.path, settings.dump_timeout)
+    request.write_descriptors(state, draft.images)
+    volumes.save(bundle.read_spec(container.bundle), draft.images, settings.dump_timeout)
     criu = _criu(container, plugin)
-    in_lane = lane.write_and_drop(container, draft.path)
+    in_lane = lane.write_and_drop(container, draft.images)
     began = time.monotonic()
 
     def notified(script: str) -> bool:
         if script == "post-dump":
             if plugin:
                 _require_copies(container)
-            proof.require(cuda, draft.path, uncopied)
+            proof.require(cuda, draft.images, uncopied)
             manifest = _manifest(container, opts)
+            if draft.key is not None:
+                lane.forget_digests(manifest)
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
             journal.note(container, journal.PUBLISHING)
@@ -306,7 +335,8 @@ def _dump(
             )
             failpoint.reach("let-go")
             journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
-            container.phases |= {name: whole.phases[name] for name in ("dump", "checksums")}
+            names = ("dump", "encrypt", "checksums")
+            container.phases |= {n: whole.phases[n] for n in names if n in whole.phases}
             container.sizes["image"] = sum(file.size for file in whole.files.values())
         return True
 
@@ -314,7 +344,7 @@ def _dump(
         journal.note(container, journal.DUMPING, criu=(pid, group.start_time(pid)))
 
     algorithm = digests.algorithm(settings)
-    digested = ahead.Ahead(draft.path, algorithm)
+    digested = ahead.Ahead(draft.path, algorithm)  # where nothing is yet if it is encrypted
     failpoint.reach("dump")
     journal.note(container, journal.DUMPING)
     try:
@@ -322,7 +352,7 @@ def _dump(
             result = client.dump(
                 criu,
                 opts,
-                draft.path,
+                draft.images,
                 work,
                 on_start=dumped_by,
                 on_notify=notified,
@@ -333,7 +363,7 @@ def _dump(
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
-        lane.moved(container, draft.final if draft.published else draft.path)
+        lane.moved(container, draft.images)
         lane.refill(container)
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8

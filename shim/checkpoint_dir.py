@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from shim.sealed import Key
     from shim.signing import Sign
 
     _Known = Mapping[str, Mapping[tuple[str, int], bytes]]
@@ -106,16 +107,56 @@ class Draft:
         self._inside = inside
         self._moved: list[str] = []
         self._begun_at = path
+        self._plain: Draft | None = None
+        self.key: Key | None = None
         self.published = False
 
     @classmethod
-    def begin(cls, final: str) -> Draft:
+    def begin(cls, final: str, key: Key | None = None, plain_in: str = "") -> Draft:
         """A draft for the image directory `final`, which must be empty or not be there.
 
         It is made beside `final`, on the same file system. Where that cannot be (`final` is a
-        mount point, or its parent is not to be written to) it is made within. Raises
-        CheckpointDirError, with nothing changed.
+        mount point, or its parent is not to be written to) it is made within. With a `key`, what
+        is published is encrypted, and CRIU dumps into another directory, made in `plain_in`.
+        Raises CheckpointDirError, with nothing changed.
         """
+        draft = cls._begin(final)
+        if key is not None:
+            try:
+                draft._plain, draft.key = cls.plain(plain_in), key
+            except BaseException:
+                draft.discard()
+                raise
+        return draft
+
+    @classmethod
+    def plain(cls, directory: str) -> Draft:
+        """A draft that nothing is published of, in `directory`: for the files of an encrypted
+        checkpoint, in the clear. Raises CheckpointDirError."""
+        remove_abandoned(directory, "")
+        try:
+            return cls._make("", directory, "", inside=False)
+        except OSError as error:
+            raise CheckpointDirError(
+                f"cannot make a directory in {directory} (scratch_dir, for the images of encrypted "
+                f"checkpoints in the clear): {error.strerror}"
+            ) from error
+
+    @property
+    def images(self) -> str:
+        """The directory with what CRIU has written, as it wrote it."""
+        if self._plain is not None:
+            return self._plain.path
+        return self.final if self.published else self.path
+
+    @property
+    def takes_room_in(self) -> dict[str, str]:
+        """The directories that each take all images, and what helps where one is too small."""
+        more = {} if self._plain is None else {self._plain.path: "set scratch_dir to another"}
+        return {**more, self.path: "name another"}
+
+    @classmethod
+    def _begin(cls, final: str) -> Draft:
         final = os.path.realpath(final)
         parent, base = os.path.split(final)
         if not os.path.isdir(parent):
@@ -170,16 +211,19 @@ class Draft:
         comes last, and then the rename. `known` are digests of blocks that were taken before (see
         `digests.take`), `whole` those of files that are synced, too, both by the same `algorithm`.
         `sign` signs the manifest, whose digests must then be ones that nobody can find a second
-        file for. Raises CheckpointDirError, after which `final` holds no checkpoint and discard()
-        removes what there is.
+        file for. Of files that are encrypted here nothing is known before. Raises
+        CheckpointDirError, after which `final` holds no checkpoint and discard() removes what there
+        is.
         """
         import time
 
         if self._lock is None:
             raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
-        begun = time.monotonic()
         try:
             names = self._checked_names()
+            if self.key is not None:
+                manifest, known, whole = self._encrypted(manifest, names, self.key), None, None
+            begun = time.monotonic()
             done = whole or {}
             names_left = [name for name in names if name not in done]
             files = self._seal(names_left, algorithm=algorithm, known=known)
@@ -213,6 +257,18 @@ class Draft:
         self._unlock()
         self.published = True
         return made
+
+    def _encrypted(self, manifest: Manifest, names: list[str], key: Key) -> Manifest:
+        """Encrypts the files into `path`, and tells of it in the manifest that is returned."""
+        import time
+
+        from shim import sealed
+
+        begun = time.monotonic()
+        kind = {"algorithm": sealed.ALGORITHM, "key": key.identity, "id": os.urandom(16).hex()}
+        sealed.seal_all(self.images, self.path, names, key, kind["id"])
+        phases = {**manifest.phases, "encrypt": round(time.monotonic() - begun, 6)}
+        return Manifest(**{**vars(manifest), "encryption": kind, "phases": phases})
 
     def withdraw(self) -> None:
         """Takes back what publish() made, for a dump that failed after all; does nothing if it made
@@ -307,7 +363,15 @@ class Draft:
         self.published = True
 
     def discard(self) -> None:
-        """Removes the draft and all in it; does nothing once published or discarded."""
+        """Removes the draft and all in it; does nothing once discarded, or published, but for what
+        was encrypted: that goes in any case. Raises CheckpointDirError."""
+        try:
+            self._discard()
+        finally:
+            if self._plain is not None:
+                self._plain.discard()
+
+    def _discard(self) -> None:
         if self._lock is None:
             return
         try:
@@ -321,9 +385,9 @@ class Draft:
             if os.path.lexists(self.path):
                 _remove_tree(self.path)
         except OSError as error:
+            what = "unfinished checkpoint" if self.final else "images in the clear,"
             raise CheckpointDirError(
-                f"cannot remove the unfinished checkpoint {self.path}: {reason(error)}; remove it "
-                "by hand"
+                f"cannot remove the {what} {self.path}: {reason(error)}; remove it by hand"
             ) from error
         finally:
             self._unlock()
@@ -335,7 +399,7 @@ class Draft:
 
     def _checked_names(self) -> list[str]:
         names = []
-        with os.scandir(self.path) as entries:
+        with os.scandir(self.images) as entries:
             for entry in entries:
                 if not entry.is_file(follow_symlinks=False):
                     # containerd's CRI packs the directory flat, and fails on anything else.
@@ -345,11 +409,13 @@ class Draft:
                 names.append(entry.name)
         if INVENTORY not in names:
             raise CheckpointDirError(
-                f"{self.path} has no {INVENTORY}: CRIU did not finish its dump"
+                f"{self.images} has no {INVENTORY}: CRIU did not finish its dump"
             )
         for ours in (MANIFEST, MANIFEST + SIGNATURE):
             if ours in names:
-                raise CheckpointDirError(f"{self.path} has a {ours} already; grit writes that name")
+                raise CheckpointDirError(
+                    f"{self.images} has a {ours} already; grit writes that name"
+                )
         return sorted(names)
 
     def _seal(

@@ -109,6 +109,10 @@ class GritOptions(_Settings):
     checksum: Literal["xxh3", "sha256"] = "xxh3"
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
     sign_key: str | None = None  # a file
+    encryption_key_file: str | None = None
+    encryption_key_command: tuple[str, ...] = ()  # a program and its arguments
+    old_encryption_keys: tuple[str, ...] = ()  # files, for restores alone
+    scratch_dir: str | None = None  # None: in the bundle
     verify_keys: tuple[str, ...] = ()  # files; empty: nothing need be signed
     checkpoint_roots: tuple[str, ...] = ()  # directories; empty: anywhere
     trusted_uids: tuple[int, ...] = ()  # beside root
@@ -210,6 +214,13 @@ def _several(check: Check, kind: str) -> Check:
     return check_all
 
 
+def _command(value: object) -> tuple[str, ...]:
+    words = [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+    if words == value and "\0" not in "".join(words) and (not words or words[0].startswith("/")):
+        return tuple(words)
+    raise ValueError("an array of a program's absolute path and its arguments")
+
+
 _UINT32 = 2**32 - 1
 
 # The TOML names are those of containerd's Go structure, which is what GRIT's file uses too.
@@ -257,6 +268,10 @@ _GRIT: dict[str, Check] = {
     "checksum": _one_of("xxh3", "sha256"),
     "metrics": _path,
     "sign_key": _path,
+    "encryption_key_file": _path,
+    "encryption_key_command": _command,
+    "old_encryption_keys": _several(_absolute, "absolute paths"),
+    "scratch_dir": _path,
     "verify_keys": _several(_absolute, "absolute paths"),
     "checkpoint_roots": _several(_absolute, "absolute paths"),
     "unpack_bytes": _integer(0, 2**63 - 1),

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 
 class Restore:
-    """What Start needs to know: the image directory and, where it is confined, the `identity` that
-    it must still have then; its manifest (None for images that another tool wrote), the diff of the
-    root file system and the saved log that nobody else puts back, the GPUs the container is given,
-    the driver's map from the old ones to these, "" for the same ones, and the memory limits to put
-    back: bytes as raised -> before."""
+    """What Start needs to know: the image directory, the `source` it was decrypted from (else it is
+    that itself) and, where that is confined, the `identity` that it must still have then; its
+    manifest (None for images that another tool wrote), the diff of the root file system and the
+    saved log that nobody else puts back, the GPUs the container is given, the driver's map from the
+    old ones to these, "" for the same ones, and the memory limits to put back: bytes as raised ->
+    before."""
 
     __slots__ = (
         "device_map",
@@ -44,6 +45,7 @@ class Restore:
         "manifest",
         "raised_limits",
         "rootfs_diff",
+        "source",
     )
 
     def __init__(
@@ -56,7 +58,7 @@ class Restore:
         self.device_map = ""
         self.given: list[Gpu] = []
         self.identity: Identity | None = None
-        self.images = images
+        self.images = self.source = images
         self.log = log
         self.manifest = manifest
         self.raised_limits: dict[int, int] = {}
@@ -114,6 +116,7 @@ class Container:
         "orphanable",
         "paused_by",
         "phases",
+        "plain",
         "raised_limits",
         "restore",
         "runc",
@@ -164,6 +167,8 @@ class Container:
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
         self.kept: Draft | None = None
         """Of a failed checkpoint: its files are all there is of some device memory."""
+        self.plain: Draft | None = None
+        """What it is being restored from, decrypted."""
         self.given: list[Gpu] = []
         """The GPUs a restored container was given; in its /dev are those of its first life, too."""
         self.home = ""
@@ -220,6 +225,12 @@ class Container:
         with self._dump_guard:
             if self._dump is not None:
                 self._dump.cancel()
+
+    @property
+    def plain_in(self) -> str:
+        """Where the images of its encrypted checkpoints lie in the clear, while they are written
+        and while they are restored."""
+        return self.config.scratch_dir or self.bundle
 
     def runc_state(self) -> runcstate.RunState:
         """runc's record of the container. Raises runcstate.StateError before its start."""

@@ -44,7 +44,8 @@ def end(home: str) -> None:
     group.remove(home)
     for id, entry in interrupted.items():
         log.warning(f"a container ended with its shim's daemon, {_in_the_middle_of(entry)}", id=id)
-    _remove_drafts([str(entry["draft"]) for entry in interrupted.values() if entry.get("draft")])
+    named = [entry.get(kind) for entry in interrupted.values() for kind in ("plain", "draft")]
+    _remove_drafts([str(path) for path in named if path])
 
 
 def _in_the_middle_of(entry: dict[str, Any]) -> str:

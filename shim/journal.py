@@ -10,7 +10,8 @@ machine.
     processes     [[pid, start time], ...] of those with CUDA, as far as they are known
     engine        of the suspension
     criu          [pid, start time] of the CRIU that dumps it, if it is ours
-    draft         the directory that CRIU dumps into
+    draft         the directory that is to become the checkpoint; CRIU dumps into it, or into
+    plain         if that is encrypted: there images lie in the clear, those of a restore, too
     final         what is to become of it
     checkpoint    the same, once it is a whole checkpoint
     images        what it is being restored from
@@ -41,6 +42,8 @@ PUBLISHING = "publishing"
 PUBLISHED = "published"
 THAWING = "thawing"
 GIVING_BACK = "giving the GPU back"
+DECRYPTING = "decrypting"
+DECRYPTED = "decrypted"
 RESTORING = "restoring"
 RESTORING_GPU = "restoring the GPU"
 

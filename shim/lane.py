@@ -23,6 +23,7 @@ from shim import digests, failpoint, gpu, journal, log
 from shim.criu_bridge import freezer
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
+from shim.cuda.shards import Shard
 from shim.cuda.suspension import Process
 
 TYPE_CHECKING = False
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from shim.container import Container, Restore
     from shim.cuda.driver import Driver
-    from shim.cuda.shards import Shard
     from shim.manifest import Manifest
 
 PREFIX = "lane-"
@@ -171,6 +171,39 @@ def files(manifest: Manifest) -> set[str]:
         for shard in shards
         if shard.name in manifest.files and manifest.files[shard.name].digest == shard.digest
     }
+
+
+def forget_digests(manifest: Manifest) -> None:
+    """Whoever can guess what was in the memory could find it right by them."""
+    _set_digests(manifest, dict.fromkeys(_names(manifest), ""))
+
+
+def take_digests(manifest: Manifest, directory: str) -> None:
+    """Of the decrypted files in `directory`, for `fill_restored` to compare. Raises OSError."""
+    names = [name for name in _names(manifest) if name in manifest.files]
+    if not names:
+        return
+    paths = {name: os.path.join(directory, name) for name in names}
+    found = digests.take(
+        {name: (path, os.stat(path).st_size) for name, path in paths.items()},
+        algorithm=manifest.files[names[0]].algorithm,
+    )
+    for one in found.values():
+        if isinstance(one, OSError):
+            raise one
+    _set_digests(manifest, {name: str(one) for name, one in found.items()})
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [s.name for one in manifest.cuda_processes for s in Process.from_dict(one).lane]
+
+
+def _set_digests(manifest: Manifest, found: dict[str, str]) -> None:
+    for plain in manifest.cuda_processes:
+        shards = Process.from_dict(plain).lane
+        plain["lane"] = [
+            Shard(s.name, s.start, s.size, found.get(s.name, s.digest)).plain() for s in shards
+        ]
 
 
 def let_run(container: Container, directory: str) -> None:

@@ -11,8 +11,9 @@ from shim.digests import BLOCK, SHA256, XXH3
 
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
-FORMAT, FORMAT_XXH3 = 1, 2
-"""The second is that of a manifest with XXH3 digests, which a reader of the first cannot check."""
+FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED = 1, 2, 3
+"""The second is that of a manifest with XXH3 digests, which a reader of the first cannot check; the
+third that of encrypted files, which no other reader should hand to CRIU."""
 # A manifest has both, so that no single damaged place makes it look like one that has neither.
 _SEALED = "self_check"
 _SEAL = "sha256_of_the_above"
@@ -70,7 +71,9 @@ class Manifest:
     `engine` is "driver", "plugin" or "none"; `driver_version` is None without a GPU; each of
     `gpus` has a `uuid` and a `name`; `cuda_processes` belongs to the CUDA engine, and is only
     carried here; `cpu` is what `fit.cpu` says, empty where it is not known; `mounts` and `devices`
-    are what `injected.recorded` found; `phases` gives the seconds each took.
+    are what `injected.recorded` found; `phases` gives the seconds each took; `encryption` has the
+    `algorithm` (`sealed.ALGORITHM`), the `key`'s identity and the `id` that the files are bound to,
+    and is empty where they are as CRIU wrote them.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Manifest:
         cpu: dict[str, str] | None = None,
         mounts: list[dict[str, str]] | None = None,
         devices: list[str] | None = None,
+        encryption: dict[str, str] | None = None,
         created: str = "",
         files: dict[str, File] | None = None,
     ) -> None:
@@ -111,6 +115,7 @@ class Manifest:
         self.cpu = cpu or {}
         self.mounts = mounts or []
         self.devices = devices or []
+        self.encryption = encryption or {}
         self.created = created
         self.files = files or {}
 
@@ -128,8 +133,9 @@ class Manifest:
         import json
 
         plain = all(file.algorithm == SHA256 for file in self.files.values())
+        number = FORMAT_ENCRYPTED if self.encryption else FORMAT if plain else FORMAT_XXH3
         document = {
-            "format": FORMAT if plain else FORMAT_XXH3,
+            "format": number,
             _SEALED: "sha256",
             "created": self.created,
             "container": {
@@ -150,6 +156,7 @@ class Manifest:
             "mounts": self.mounts,
             "devices": self.devices,
             "phases": self.phases,
+            **({"encryption": self.encryption} if self.encryption else {}),
             "files": {
                 name: {"size": file.size, file.key: file.digest}
                 for name, file in sorted(self.files.items())
@@ -164,10 +171,10 @@ class Manifest:
         that was written without a checksum of itself is read without it."""
         document = _Reader(_read_json(data, where), where)
         number = document.integer("format")
-        if number not in (FORMAT, FORMAT_XXH3):
+        if number not in (FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED):
             raise ManifestError(
-                f"{where}: is of format {number}, and this grit reads formats {FORMAT} and "
-                f"{FORMAT_XXH3}; restore it with the version of grit that wrote it"
+                f"{where}: is of format {number}, and this grit reads formats {FORMAT} to "
+                f"{FORMAT_ENCRYPTED}; restore it with the version of grit that wrote it"
             )
         above, sealed, seal = data.rpartition(_SEAL_BEGINS)
         claimed = sealed or _SEALED in document.value or _SEAL in document.value
@@ -194,6 +201,7 @@ class Manifest:
             phases=document.table("phases").numbers(),
             mounts=[_read_mount(mount) for mount in document.tables("mounts", optional=True)],
             devices=document.texts("devices", optional=True),
+            encryption=_read_encryption(document, needed=number == FORMAT_ENCRYPTED),
             files=_read_files(document.table("files")),
         )
 
@@ -312,6 +320,13 @@ def _read_cpu(document: _Reader) -> dict[str, str]:
         return {}
     table = document.table("cpu")
     return {key: table.text(key) for key in ("architecture", "model", "instructions")}
+
+
+def _read_encryption(document: _Reader, *, needed: bool) -> dict[str, str]:
+    if "encryption" not in document.value and not needed:
+        return {}
+    table = document.table("encryption")
+    return {key: table.text(key) for key in ("algorithm", "key", "id")}
 
 
 def _read_mount(mount: _Reader) -> dict[str, str]:

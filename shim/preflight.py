@@ -16,6 +16,8 @@ from shim.cuda.errors import LibraryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shim.config import GritOptions
     from shim.container import Container
     from shim.cuda.discovery import Candidate
@@ -41,23 +43,24 @@ class Refused(Exception):
     """The checkpoint was not begun; the text gives every reason that was found."""
 
 
-def before_suspend(container: Container, driver: Driver, images: str | None) -> None:
-    """Checks a running container that is to be paused, and dumped into the directory `images`;
-    None for a Pause alone. Raises Refused; CudaError if the CUDA helper does not start."""
+def before_suspend(container: Container, driver: Driver, places: Mapping[str, str]) -> None:
+    """Checks a running container that is to be paused, and dumped; `places` are those of
+    `Draft.takes_room_in`, none for a Pause alone. Raises Refused; CudaError if the CUDA helper does
+    not start."""
     pids = container.pids()
     candidates = discovery.candidates(pids)
     problems: list[str] = []
     held = 0
     if candidates:
-        problems, held = _against_suspension(container, driver, candidates, images is not None)
-    if images is not None or problems:  # most Pauses that are refused have a Checkpoint to come
+        problems, held = _against_suspension(container, driver, candidates, bool(places))
+    if places or problems:  # most Pauses that are refused have a Checkpoint to come
         problems += _against_criu_of(container) + against_dump(pids)
-    if images is not None:
-        problems += against_space(images, pids, held)
+    for images, remedy in places.items():
+        problems += against_space(images, pids, held, remedy)
     _refuse(container, problems, "nothing was done to it, it runs on")
 
 
-def before_dump(container: Container, images: str) -> None:
+def before_dump(container: Container, places: Mapping[str, str]) -> None:
     """The same for a container that its client has paused, whose GPU is suspended by now. Raises
     Refused."""
     pids = container.pids()
@@ -68,7 +71,8 @@ def before_dump(container: Container, images: str) -> None:
         uncopied = sum(process.held_bytes or 0 for process in suspension.processes)
         lack = headroom.lack(container, suspension.processes)
         problems += [lack] if lack else []
-    problems += against_space(images, pids, uncopied)
+    for images, remedy in places.items():
+        problems += against_space(images, pids, uncopied, remedy)
     _refuse(container, problems, "nothing was written")
 
 
@@ -151,10 +155,12 @@ def against_cuda(
     return problems, chosen, survey
 
 
-def against_space(images: str, pids: list[int], device_bytes: int) -> list[str]:
+def against_space(
+    images: str, pids: list[int], device_bytes: int, remedy: str = "name another"
+) -> list[str]:
     """Whether the images certainly do not fit: the processes' own memory, and `device_bytes` yet to
     be copied into it, against what is free where they are to be written. What other files they
-    take, and shared memory, is not counted."""
+    take, and shared memory, is not counted. `remedy`: how to get another directory."""
     try:
         found = os.statvfs(images)
     except OSError as error:
@@ -170,7 +176,7 @@ def against_space(images: str, pids: list[int], device_bytes: int) -> list[str]:
         what += f" and {headroom.size(device_bytes)} of device memory"
     return [
         f"the images need at least {headroom.size(need)} ({what}), and {headroom.size(free)} are "
-        f"free in {os.path.dirname(images)}: free space, or name another directory"
+        f"free in {os.path.dirname(images)}: free space, or {remedy} directory"
     ]
 
 

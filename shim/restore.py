@@ -2,9 +2,10 @@
 
     Create   find the image directory, waiting for its download if need be, verify it, tell CRIU's
              options to the inner shim's `runc restore` the only way it listens (a configuration
-             file named by an annotation), and put the root file system's diff and the log in place
+             file named by an annotation), decrypt the images, and put the root file system's diff
+             and the log in place
     Start    the inner shim restores the processes, whose pod gets its host name back; then each
-             CUDA process gets its GPU back and is asked whether it runs
+             CUDA process gets its GPU back and is asked whether it runs; what was decrypted goes
 
 CRIU reports success even where the CUDA side failed, so nothing is believed here that the driver
 has not said itself. A restore that fails leaves nothing running and its log behind.
@@ -32,9 +33,10 @@ from shim import (
     log,
     messages,
     places,
+    sealed,
     uts,
 )
-from shim.checkpoint_dir import CheckpointDirError
+from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.container import Restore
 from shim.criu_bridge import config as criu_config
 from shim.criu_bridge import freezer, request, restoring
@@ -77,7 +79,7 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     The client's own `checkpoint` comes first (`ctr c restore`, `nerdctl start --checkpoint`,
     CRI); else the annotation `grit.dev/checkpoint`. Changes `create` and the bundle's
     config.json to match. Raises CheckpointDirError, RestoreError, fit.Mismatch, DeviceError,
-    injected.NotGiven or headroom.NoRoom with nothing created.
+    injected.NotGiven or headroom.NoRoom with nothing created but, it may be, `container.plain`.
     """
     spec = bundle.read_spec(container.bundle)
     images, diff, saved_log, identity = create.checkpoint, None, None, None
@@ -105,7 +107,9 @@ def prepare(container: Container, create: messages.CreateTaskRequest) -> Restore
     if manifest is not None:
         injections = injected.give_again(container, manifest, spec, found.given)
     _write_criu_config(container, spec, found, injections)
-    create.checkpoint = images
+    if manifest is not None and manifest.encryption:
+        found.images = _decrypted(container, images, manifest)
+    create.checkpoint = found.images
     failpoint.reach("create")
     return found
 
@@ -172,11 +176,16 @@ def start(container: Container, pod: Pod) -> bytes:
     found = container.restore
     assert found is not None
     _require_same(container, found)
+    if found.images != found.source and container.plain is None:
+        raise RestoreError(
+            f"container {container.id}: what was decrypted of {found.source} was removed when its "
+            "first Start failed: delete the task and create it again"
+        )
     began = time.monotonic()
     spec = bundle.read_spec(container.bundle)
     names = uts.wanted(spec)
     failpoint.reach("restore")
-    journal.note(container, journal.RESTORING, images=found.images)
+    journal.note(container, journal.RESTORING, images=found.source)
     inner = messages.ConnectResponse.decode(container.ask("Connect")).shim_pid
     watch = restoring.Watch(inner, container.bundle, container.config.restore_timeout)
     try:
@@ -209,14 +218,14 @@ def start(container: Container, pod: Pod) -> bytes:
             headroom.restored(container, found)
         failpoint.reach("restored")
     except Exception as error:
-        text = f"container {container.id}: restored from {found.images}, but {error}"
+        text = f"container {container.id}: restored from {found.source}, but {error}"
         raise RestoreError(f"{_explained(container, text)}; {_kill(container)}") from error
     container.given, container.restore = found.given, None
     log.info(
         "restored",
         id=container.id,
         phase="criu_restore",
-        images=found.images,
+        images=found.source,
         engine=found.engine,
         seconds=criu,
     )
@@ -261,9 +270,9 @@ def _identity(directory: str, settings: GritOptions) -> Identity | None:
 
 def _require_same(container: Container, found: Restore) -> None:
     """Raises RestoreError where the images that were verified have given way to others."""
-    if found.identity and found.identity != _identity(found.images, container.config):
+    if found.identity and found.identity != _identity(found.source, container.config):
         raise RestoreError(
-            f"container {container.id}: another directory has taken the place of {found.images} "
+            f"container {container.id}: another directory has taken the place of {found.source} "
             "since it was verified. Nothing of it was restored; look at who writes there"
         )
 
@@ -315,6 +324,41 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
             f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"
         )
     return manifest
+
+
+def _decrypted(container: Container, images: str, manifest: Manifest) -> str:
+    """Where the images lie in the clear, until Start has ended: `container.plain`. Raises
+    RestoreError."""
+    what = f"container {container.id}: the checkpoint {images} is encrypted"
+    kind = manifest.encryption
+    if kind["algorithm"] != sealed.ALGORITHM:
+        raise RestoreError(f"{what} by {kind['algorithm']}, which this grit does not know")
+    began = time.monotonic()
+    wanted = sum(file.size for file in manifest.files.values())
+    try:
+        key = sealed.key_for(container.config, kind["key"])
+        container.plain = Draft.plain(container.plain_in)
+        target = container.plain.path
+        journal.note(container, journal.DECRYPTING, images=images, plain=target)
+        room = os.statvfs(target)
+        free = room.f_bavail * room.f_frsize
+        if free < wanted:
+            raise RestoreError(
+                f"{what}, and {container.plain_in} has {free} bytes free of the {wanted} it is to "
+                "be decrypted to: free space, or set scratch_dir to another directory"
+            )
+        sealed.open_all(images, target, list(manifest.files), key, kind["id"])
+        lane.take_digests(manifest, target)
+    except OSError as error:
+        raise RestoreError(
+            f"{what}, and cannot be decrypted: {checkpoint_dir.reason(error)}"
+        ) from error
+    except CheckpointDirError as error:
+        raise RestoreError(f"{what} and was not restored: {error}") from error
+    journal.note(container, journal.DECRYPTED)
+    took = time.monotonic() - began
+    log.info("decrypted", id=container.id, phase="decrypt", bytes=wanted, seconds=round(took, 3))
+    return target
 
 
 def _listed(problems: list[Problem]) -> str:

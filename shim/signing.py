@@ -128,7 +128,7 @@ def _read_signature(where: str) -> tuple[str, str, bytes]:
 
 
 def _load(path: str) -> _Key:
-    data, mode = _read_key(path)
+    data, mode = read_key(path)
     if data.startswith(_PEM):
         secret = _PRIVATE in data.partition(b"\n")[0]
     else:
@@ -145,7 +145,7 @@ def _load(path: str) -> _Key:
     return _pem(path, data, secret) if data.startswith(_PEM) else _shared(path, data)
 
 
-def _read_key(path: str) -> tuple[bytes, int]:
+def read_key(path: str) -> tuple[bytes, int]:
     """The file's bytes and mode. Its owner must be root or us."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

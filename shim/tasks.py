@@ -101,7 +101,11 @@ class Tasks:
                 one.meant = intents.annotated(spec)
             else:
                 restored = one.meant = intents.ask(one, spec)
-        return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
+        try:
+            return _for_agent(one, lambda: self._create_one(one, call, request, bool(restored)))
+        except BaseException:
+            _drop_plain(one)
+            raise
 
     def _create_one(
         self,
@@ -141,6 +145,7 @@ class Tasks:
             try:
                 reply = _for_agent(one, start)
             finally:
+                _drop_plain(one)
                 journal.close(one)
         if one.meant:
             from shim import intents
@@ -207,6 +212,7 @@ class Tasks:
         if one is not None:
             self._pod.forget(one)
             watchdog.stop(one)
+            _drop_plain(one)  # it was never started
             journal.close(one)
             if one.kept:
                 one.kept.discard()  # nobody is left to fill in what it has
@@ -218,6 +224,20 @@ class Tasks:
         return self._inner.call(
             call.service, call.method, payload, timeout=call.timeout, metadata=call.metadata
         )
+
+
+def _drop_plain(one: container.Container) -> None:
+    """Removes what was decrypted for its restore, if anything was."""
+    if one.plain is None:
+        return
+    from shim.checkpoint_dir import CheckpointDirError
+
+    try:
+        one.plain.discard()
+    except CheckpointDirError as error:
+        log.error("images were left in the clear", id=one.id, error=error)
+    one.plain = None
+    journal.close(one)
 
 
 def _for_agent(one: container.Container, work: Callable[[], bytes]) -> bytes:

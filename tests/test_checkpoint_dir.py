@@ -524,8 +524,8 @@ def mount(**values: object) -> dict[str, object]:
     [
         (
             ["format"],
-            3,
-            "is of format 3, and this grit reads formats 1 and 2; restore it with the version",
+            4,
+            "is of format 4, and this grit reads formats 1 to 3; restore it with the version",
         ),
         (["format"], "1", "format must be a whole number"),
         (["format"], True, "format must be a whole number"),

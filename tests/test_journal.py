@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shim import ending, group, journal
+from shim.checkpoint_dir import Draft
+from tests.e2e.gpu import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +85,20 @@ def test_criu_is_ended_but_nobody_who_has_its_pid_now(
     journal.note(one, journal.DUMPING, criu=(stranger.pid, started))
     ending.end(str(tmp_path))
     assert stranger.wait(30) == -9
+
+
+def test_what_lies_in_the_clear_goes_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    home, place = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    place.mkdir()
+    anothers = Draft.plain(str(place))
+    left = place / ".grit-partial-0123456789abcdef"
+    left.mkdir()
+    (left / "pages-1.img").write_text("a secret")
+    journal.note(container(str(home)), journal.DECRYPTED, images="/saved", plain=str(left))
+    ending.end(str(home))  # in a process of its own
+    until("the end of what it had decrypted", lambda: not left.exists())
+    assert os.listdir(anothers.path) == []
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import struct
 import subprocess
 import tomllib
 
-from shim import config, devices, gpu, headroom, inner, places, signing
+from shim import config, devices, gpu, headroom, inner, places, sealed, signing
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
 from shim.cuda.errors import CudaError
 from shim.gritctl import messages as m
 from shim.gritctl import output
 from shim.gritctl.containerd import INTROSPECTION, Containerd, ContainerdError
+from shim.manifest import CheckpointDirError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +85,16 @@ def trust(options: GritOptions) -> Iterator[Line]:
                 yield Line(setting, FAIL, str(error), f"put it right, or take it out of {setting}")
             else:
                 yield Line(setting, PASS, found)
+    try:
+        keys = sealed.keys(options)
+    except CheckpointDirError as error:
+        yield Line("encryption", FAIL, str(error), "put it right, or take it out of grit.toml")
+    else:
+        if keys:
+            yield Line("encryption", PASS, f"{sealed.ALGORITHM}, {', '.join(map(repr, keys))}")
+    if options.scratch_dir and not os.path.isdir(options.scratch_dir):
+        text = f"there is no directory {options.scratch_dir}"
+        yield Line("scratch_dir", FAIL, text, "make or mount it, or take it out of grit.toml")
     for root in options.checkpoint_roots:
         if not os.path.isdir(root):
             yield Line(

@@ -98,6 +98,7 @@ def describe(one: stored.Stored) -> dict[str, Any]:
             "gpus": manifest.gpus,
             "options": manifest.options,
             "phases": manifest.phases,
+            "encrypted": one.encrypted,
             "gpu_processes": manifest.cuda_processes,
         }
     if contents:
@@ -222,6 +223,8 @@ def _facts(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
             yield "GPU", f"{document['engine']} engine{driver}"
     elif not document["problems"]:
         yield "made", f"by {document['written_by']}: it has no checksums"
+    if document.get("encrypted"):
+        yield "encrypted", f"{document['encrypted']}; what is in the images cannot be shown"
     yield "size", output.size(document["bytes"])
     if document["rootfs_diff_bytes"] is not None:
         yield "files changed", output.size(document["rootfs_diff_bytes"]) + " in rootfs-diff.tar"

@@ -52,9 +52,16 @@ class Stored:
         self.contents: Contents | None = None
         self.contents_error = ""
 
+    @property
+    def encrypted(self) -> str:
+        """How, and with which key; "" if the images are as CRIU wrote them."""
+        kind = self.manifest.encryption if self.manifest else None
+        return f"{kind['algorithm']}, key {kind['key']}" if kind else ""
+
     def read_contents(self) -> Contents | None:
-        """Fills in `contents`, or `contents_error`; returns the former."""
-        if self.contents is None and not self.contents_error:
+        """Fills in `contents`, or `contents_error`; returns the former. Neither where they are
+        encrypted."""
+        if self.contents is None and not self.contents_error and not self.encrypted:
             try:
                 self.contents = contents.read(self.images, self.device_regions())
             except (ImageError, OSError) as error:

@@ -11,7 +11,17 @@ import tarfile
 
 import click
 
-from shim import checkpoint_dir, config, confined, devices, gpu, headroom, oci_layer, signing
+from shim import (
+    checkpoint_dir,
+    config,
+    confined,
+    devices,
+    gpu,
+    headroom,
+    oci_layer,
+    sealed,
+    signing,
+)
 from shim.checkpoint_dir import CheckpointDirError
 from shim.criu_bridge import client, transport
 from shim.criu_bridge.errors import CriuError
@@ -91,7 +101,7 @@ def check(
         damage, notes = damage + notes, []
     contents = one.read_contents()
     if contents is None:
-        damage.append(one.contents_error)
+        damage += [one.contents_error] if one.contents_error else []  # else encrypted
     else:
         damage += _references(one, contents)
     for name in (checkpoint_dir.CONFIG_DUMP, checkpoint_dir.SPEC_DUMP):
@@ -109,6 +119,7 @@ def check(
         "written_by": one.writer(),
         "files": len(one.manifest.files) if one.manifest else None,
         "signed_by": signed_by,
+        "encrypted": one.encrypted,
         # One broken file is often met twice, by its checksum and by what is in it.
         "damage": list(dict.fromkeys(damage)),
         "here": here,
@@ -209,6 +220,11 @@ def _against_node(one: stored.Stored, settings: GritOptions, notes: list[str]) -
             )
     if manifest and manifest.engine != "none":
         found += _against_gpu(one, settings)
+    if manifest and manifest.encryption:
+        try:
+            sealed.key_for(settings, manifest.encryption["key"])
+        except CheckpointDirError as error:
+            found.append(f"it is encrypted: {error}")
     if manifest and manifest.kernel != os.uname().release:
         notes.append(f"made on Linux {manifest.kernel}; here runs {os.uname().release}")
     if contents:
@@ -274,6 +290,8 @@ def _print(result: dict[str, Any], *, asked: bool, quick: bool) -> None:
         return
     if result["signed_by"]:
         print(f"  signed by {result['signed_by']}")
+    if result["encrypted"]:
+        print(f"  encrypted ({result['encrypted']}): what is in the images was not looked at")
     if result["files"] is not None:
         how = "have their sizes; nothing was read" if quick else "are as they were written"
         print(f"  {result['files']} files {how}.", end=" ")

@@ -39,13 +39,15 @@ class Cell:
         self.board = board
         self.box = box
         self.daemon = box.shims()["outer"]
+        self.kind = ""
+        """Of checkpoint, for the table."""
         self._record = record
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         node.path(PLACE).mkdir()
 
     def came(self, fault: str, operation: str, phase: str, what: str) -> None:
         """For the table."""
-        self._record("matrix", (fault, operation, phase, what))
+        self._record("matrix", (fault + self.kind, operation, phase, what))
 
     def held(self, phase: str) -> failpoints.Held:
         return failpoints.Held(self.node, phase)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shim.sealed import MAGIC
 from tests.e2e import gpu
 from tests.e2e.pods import kubelet as kubelets
 from tests.e2e.pods.services import ServiceError
+from tests.e2e.test_encrypted import SETTINGS, give_key
 from tests.nodes.image import build_image
 from tests.simgpu import simgpu
 
@@ -110,3 +112,24 @@ def test_memory_that_does_not_fit(place: Kubelet) -> None:
     assert not place.node.path(ARCHIVE).exists()
     gpu.go_on(before, one.next_report())
     assert one.status("main").state == kubelets.RUNNING
+
+
+def test_encrypted_archive_and_restore(place: Kubelet) -> None:
+    """What CRI packs and unpacks is the encrypted files."""
+    key = give_key(place.node)
+    gpu.configure(place.node, **SETTINGS)
+    one = place.gpu_pod("train", image=IMAGE).run()
+    before = one.next_report()
+    checkpoint(one)
+    gpu.go_on(before, one.next_report())
+    with tarfile.open(place.node.path(ARCHIVE)) as tar:
+        inventory = tar.extractfile("checkpoint/inventory.img")
+        assert inventory
+        assert inventory.read().startswith(MAGIC)
+    one.remove()
+    key.write_text("cd" * 32)
+    with pytest.raises(ServiceError, match="name it in old_encryption_keys"):
+        place.gpu_pod("train", image=ARCHIVE).run()
+    key.write_text("ab" * 32)
+    gpu.go_on(before, place.gpu_pod("again", image=ARCHIVE).run().next_report())
+    assert not list(place.node.path(kubelets.TASKS).glob("*/.grit-partial-*"))
