@@ -34,15 +34,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if outcomes and session.config.getoption("--write-matrix"):
-        table.write(table.tables({**table.written(), **outcomes}))
+    node = session.config.getoption("--matrix-node")
+    written = table.written()
+    if outcomes and session.config.getoption("--write-matrix") and node == "forky":
+        table.write(table.tables({**written, **outcomes}))
+    elif "tests/matrix" in " ".join(session.config.args):
+        for cell, came in outcomes.items():
+            if came != written.get(cell):
+                print(f"\n{node}: {', '.join(cell)}: {came}, not {written.get(cell)}", end="")
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[tuple[Node, SimGpu, Pattern]]:
-    """Node forky, with one simulated GPU, and what a job on it is made of."""
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[Node, SimGpu, Pattern]]:
+    """The node, with one simulated GPU, and what a job on it is made of."""
     env = gpu.ENVIRONMENT_OF_GRIT
-    with running("forky", binds=gpu.kit_binds(), env=env) as node:
+    name = request.config.getoption("--matrix-node")
+    cgroup = {"13": "v1", "forky": "v2"}[name]
+    with running(name, cgroup=cgroup, binds=gpu.kit_binds(), env=env) as node:
         board = gpu.gpu_of(node, capacity=16 << 20)
         gpu.configure(node, lane_from=4096)
         with connect(node) as containerd:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SERVER = Path(__file__).with_name("fuse_server.py")
 _BACKING = "/var/tmp/disk-backing"
+_CONTROL = "/var/tmp/disk-control"
 _UNMOUNT = """
 import ctypes, sys
 sys.exit(ctypes.CDLL(None).umount2(sys.argv[1].encode(), 2) and 1)
@@ -23,26 +24,39 @@ sys.exit(ctypes.CDLL(None).umount2(sys.argv[1].encode(), 2) and 1)
 
 
 class Disk:
-    """One that is mounted. The operations are read, write, fsync, rename."""
+    """One that is mounted. The operations are read, write, fsync, rename; `part`: only on files
+    with that in their path."""
 
     def __init__(self, control: Path) -> None:
         self._control = control
-        self._stopped = Path(f"{control}.stopped")
+        self._met = Path(f"{control}.met")
 
-    def fail(self, operation: str) -> None:
+    def fail(self, operation: str, part: str = "") -> None:
         """It is answered with EIO from now on."""
-        self._say(f"fail {operation}")
+        self._say(f"fail {operation} {part}")
 
-    def stop_at(self, operation: str) -> None:
-        """All stands still from the next one on; waits for it."""
-        self._say(f"stop {operation}")
-        until("a disk that stands still", self._stopped.exists)
+    def slow(self, operation: str, part: str = "") -> None:
+        """Each is answered late from now on."""
+        self._say(f"slow {operation} {part}")
+
+    def stop(self, operation: str, part: str = "") -> None:
+        """All stands still from the next one on."""
+        self._say(f"stop {operation} {part}")
+
+    def stop_at(self, operation: str, part: str = "") -> None:
+        """The same, and waits for it."""
+        self.stop(operation, part)
+        self.met()
+
+    def met(self) -> None:
+        """Waits until somebody has come by what it was told."""
+        until("an operation on the disk", self._met.exists)
 
     def mend(self) -> None:
         self._say("")
-        self._stopped.unlink(missing_ok=True)
 
     def _say(self, words: str) -> None:
+        self._met.unlink(missing_ok=True)
         draft = self._control.with_suffix(".draft")
         draft.write_text(words)
         draft.rename(self._control)
@@ -56,8 +70,8 @@ def mounted(node: Node, where: str) -> Iterator[Disk]:
     device = node.path("/dev/fuse")
     if not device.exists():
         os.mknod(device, 0o600 | 0o020000, os.makedev(10, 229))
-    control = node.path("/var/tmp/disk-control")
-    argv = ["python3", "-c", _SERVER.read_text(), where, _BACKING, "/var/tmp/disk-control"]
+    control = node.path(_CONTROL)
+    argv = ["python3", "-c", _SERVER.read_text(), where, _BACKING, _CONTROL]
     server = node.popen(argv)
     disk = Disk(control)
     try:
@@ -68,4 +82,4 @@ def mounted(node: Node, where: str) -> Iterator[Disk]:
         disk.mend()
         node.run(["python3", "-c", _UNMOUNT, where])
         server.wait(10)
-        node.run(["rm", "-r", where, _BACKING, "/var/tmp/disk-control"])
+        node.run(["rm", "-rf", where, _BACKING, _CONTROL, f"{_CONTROL}.met"])

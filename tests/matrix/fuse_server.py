@@ -2,10 +2,10 @@
 
     python3 fuse_server.py MOUNTPOINT BACKING CONTROL
 
-It shows BACKING at MOUNTPOINT, and looks into the file CONTROL before each request: `fail OP` has
-the operation answered with EIO, `stop OP` has it, and all after it, wait until the file says
-otherwise; meanwhile there is a file CONTROL.stopped. The numbers are the kernel's
-(include/uapi/linux/fuse.h, 7.31).
+It shows BACKING at MOUNTPOINT, and looks into the file CONTROL before each request: `fail OP PART`
+has the operation, on files with PART in their path, answered with EIO, `slow OP PART` after a
+while, `stop OP PART` has it, and all after it, wait until the file says otherwise. Since the first
+of them there is a file CONTROL.met. The numbers are the kernel's (include/uapi/linux/fuse.h, 7.31).
 """
 
 import ctypes
@@ -25,6 +25,7 @@ NAMES = {"read": (READ,), "write": (WRITE,), "rename": (RENAME, RENAME2)}
 NAMES["fsync"] = (FSYNC, FSYNCDIR)
 SET_MODE, SET_SIZE = 1, 8
 BUFFER = 1 << 20
+SLOW_SECONDS = 0.02
 
 mountpoint, backing, control = sys.argv[1:]
 paths = {1: backing}
@@ -146,19 +147,22 @@ def answer(op: int, node: int, body: bytes) -> bytes:
     return b""
 
 
-def wanted(op: int) -> None:
+def wanted(op: int, path: str) -> None:
     """Waits while CONTROL says so; raises the error it asks for."""
     while True:
         try:
             with open(control) as file:
-                act, name = file.read().split()
+                act, name, *part = file.read().split()
         except (FileNotFoundError, ValueError):
             return
-        if op not in NAMES[name]:
+        if op not in NAMES[name] or not all(one in path for one in part):
             return
+        open(f"{control}.met", "w").close()
         if act == "fail":
             raise OSError(errno.EIO, "")
-        open(f"{control}.stopped", "w").close()
+        if act == "slow":
+            time.sleep(SLOW_SECONDS)
+            return
         time.sleep(0.01)
 
 
@@ -180,7 +184,7 @@ def main() -> None:
         _, op, unique, node = struct.unpack_from("<IIQQ", request)
         code, out = 0, b""
         try:
-            wanted(op)
+            wanted(op, paths.get(node, backing))
             out = answer(op, node, request[40:])
         except OSError as error:
             code = error.errno or errno.EIO

@@ -131,13 +131,17 @@ class Box:
 
     def begin_run(self) -> Call[m.Nothing]:
         """Makes the task, and the call under way that starts it."""
+        self.create()
+        return self.begin("Start")
+
+    def create(self) -> None:
+        """The task, not started yet. Raises ContainerdError."""
         mounts = self.containerd.call(SNAPSHOTS, "Mounts", self._snapshot, m.Mounts).mounts
         null = f"file://{os.devnull}"
         task = m.NewTask(
             container_id=self.name, rootfs=mounts, stdin=self._stdin, stdout=null, stderr=null
         )
         self.containerd.do(TASKS, "Create", task)
-        return self.begin("Start")
 
     def delete_task(self) -> None:
         self.containerd.do(TASKS, "Delete", self._ref)
