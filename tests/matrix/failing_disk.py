@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
     from tests.nodes.node import Node
 
+IMAGES = "/var/tmp/disk/here/checkpoint"
+"""Where on it a checkpoint's image directory is to be."""
+
+LANE = "/lane-"
+"""In the path of each file of the lane's, and of no other; CRIU's pages are in others."""
+PAGES = "/pages-"
+
+_DISK = "/var/tmp/disk"
 _SERVER = Path(__file__).with_name("fuse_server.py")
 _BACKING = "/var/tmp/disk-backing"
 _CONTROL = "/var/tmp/disk-control"
@@ -63,23 +71,24 @@ class Disk:
 
 
 @contextlib.contextmanager
-def mounted(node: Node, where: str) -> Iterator[Disk]:
-    """The disk at `where` in the node, which is made and taken away."""
-    for directory in (where, _BACKING):
+def mounted(node: Node) -> Iterator[Disk]:
+    """It is made, with room for a checkpoint, and taken away."""
+    for directory in (_DISK, _BACKING):
         node.path(directory).mkdir(exist_ok=True)
     device = node.path("/dev/fuse")
     if not device.exists():
         os.mknod(device, 0o600 | 0o020000, os.makedev(10, 229))
     control = node.path(_CONTROL)
-    argv = ["python3", "-c", _SERVER.read_text(), where, _BACKING, _CONTROL]
+    argv = ["python3", "-c", _SERVER.read_text(), _DISK, _BACKING, _CONTROL]
     server = node.popen(argv)
     disk = Disk(control)
     try:
         mounts = node.path("/proc/1/mountinfo")
-        until("the mount", lambda: f" {where} " in mounts.read_text())
+        until("the mount", lambda: f" {_DISK} " in mounts.read_text())
+        node.path(IMAGES).parent.mkdir()
         yield disk
     finally:
         disk.mend()
-        node.run(["python3", "-c", _UNMOUNT, where])
+        node.run(["python3", "-c", _UNMOUNT, _DISK])
         server.wait(10)
-        node.run(["rm", "-rf", where, _BACKING, _CONTROL, f"{_CONTROL}.met"])
+        node.run(["rm", "-rf", _DISK, _BACKING, _CONTROL, f"{_CONTROL}.met"])

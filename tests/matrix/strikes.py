@@ -24,6 +24,7 @@ _FIRST_TO_GO = "1000"  # proc_pid_oom_score_adj(5): before what it starts
 needs_memory_groups = pytest.mark.skipif(
     not _MEMORY.is_dir(), reason="this host has no v1 memory controller"
 )
+FAULTS = [KILLED, STOPPED, pytest.param(AT_ITS_LIMIT, marks=needs_memory_groups)]
 
 
 @contextlib.contextmanager
