@@ -51,10 +51,11 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[Node, SimGpu, Patter
     name = request.config.getoption("--matrix-node")
     cgroup = {"13": "v1", "forky": "v2"}[name]
     with running(name, cgroup=cgroup, binds=gpu.kit_binds(), env=env) as node:
+        gpu.grit_as_runc(node)
         board = gpu.gpu_of(node, capacity=16 << 20)
         gpu.configure(node, lane_from=4096)
         with connect(node) as containerd:
-            job = gpu.Job(node, board, "job", *SMALL, runtime=gpu.GRIT)
+            job = gpu.Job(node, board, "job", *SMALL, runtime=gpu.honouring(node))
             made = pattern(job, containerd)
         node.path(gpu.FAILPOINTS).mkdir()
         yield node, board, made
@@ -72,7 +73,9 @@ def cell(
     gpu.configure(node, **getattr(request, "param", {"lane_from": 4096}))
     before = node.leaks()
     with connect(node) as containerd:
-        box = Box(node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG)
+        box = Box(
+            node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG, gpu.honouring(node)
+        )
         box.start()
         box.check()
         found = Cell(node, board, box, record_property)

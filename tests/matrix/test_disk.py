@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -87,6 +89,24 @@ def test_failing_disk_in_a_refill(cell: Cell) -> None:
     cell.came("read fails with EIO", "checkpoint", "refill", f"{came} once it can be read")
 
 
+def test_disk_that_fails_to_withdraw(cell: Cell) -> None:
+    """What was published stays, as the client is told; the container does not wait for that."""
+    with mounted(cell.node) as disk:
+        held = cell.held("let-go")
+        client = cell.checkpoint(IMAGES)
+        held.reached()
+        for pid in cell.node.pids("criu"):
+            os.kill(cell.node.host_pid(pid), signal.SIGKILL)
+        disk.fail("rename")
+        held.go_on()
+        told = client.result(60)
+        disk.mend()
+        assert "killed by signal 9" in told
+        assert "remove it by hand" in told
+        came = cell.alive(whole=True, images=IMAGES)
+    cell.came("CRIU killed, rename fails with EIO", "checkpoint", "let-go", f"told, {came}")
+
+
 @pytest.mark.parametrize(("phase", "part"), READS)
 def test_failing_disk_in_a_restore(cell: Cell, phase: str, part: str) -> None:
     with mounted(cell.node) as disk:
@@ -150,6 +170,36 @@ def test_hung_disk_in_a_restore(cell: Cell, phase: str, part: str) -> None:
         assert client.result(60) == ""
         cell.came(row("disk hung for a while", part), "restore", phase, cell.restored())
         cell.box.remove()
+
+
+@pytest.mark.parametrize("cell", [{"lane": "off", "dump_timeout": 2}], ids=[""], indirect=True)
+@pytest.mark.parametrize(("phase", "operation"), [("dump", "write"), ("publish", "fsync")])
+def test_disk_hung_for_good(cell: Cell, phase: str, operation: str) -> None:
+    """The container runs on while it still hangs."""
+    with mounted(cell.node) as disk:
+        client = checkpoint(cell, phase, disk.stop, operation, "")
+        disk.met()
+        until("RUNNING", lambda: cell.box.status() == m.RUNNING)
+        cell.box.check()
+        disk.mend()
+        assert client.result(60)
+        came = cell.alive(whole=False, images=IMAGES)
+    cell.came("disk hung past the deadline", "checkpoint", phase, came)
+
+
+def test_disk_hung_for_good_under_the_lane(cell: Cell) -> None:
+    """Before anything is dropped."""
+    configure(cell.node, lane_from=4096, dump_timeout=2)
+    cell.restart()
+    with mounted(cell.node) as disk:
+        client = checkpoint(cell, "lane", disk.stop, "write", LANE)
+        disk.met()
+        until("RUNNING", lambda: cell.box.status() == m.RUNNING)
+        cell.box.check()
+        disk.mend()
+        assert client.result(60)
+        came = cell.alive(whole=False, images=IMAGES)
+    cell.came("disk hung past the deadline", "checkpoint", "lane", came)
 
 
 def test_disk_hung_for_good_in_a_refill(cell: Cell) -> None:

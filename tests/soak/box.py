@@ -51,6 +51,7 @@ class Box:
         spec: dict[str, Any],
         parent: str,
         config: str,
+        runtime: str = GRIT,
     ) -> None:
         self.node = node
         self.containerd = containerd
@@ -58,6 +59,7 @@ class Box:
         self.lines = 0
         self._spec = spec
         self._config = config
+        self._runtime = runtime
         self._snapshot = m.SnapshotRef(snapshotter=_SNAPSHOTTER, key=name, parent=parent)
         self._ref = m.TaskRef(container_id=name)
         self._read = 0  # bytes of the workload's reports
@@ -184,7 +186,7 @@ class Box:
             id=self.name,
             image=IMAGE,
             runtime=m.Runtime(
-                name=GRIT,
+                name=self._runtime,
                 options=m.Any(type_url=messages.RUNTIME_OPTIONS, value=options.encode()),
             ),
             spec=m.Any(type_url=_SPEC, value=json.dumps(spec).encode()),
