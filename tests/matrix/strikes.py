@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KILLED, STOPPED, AT_ITS_LIMIT = "killed", "stopped", "at its memory limit"
 
 _MEMORY = Path("/sys/fs/cgroup/memory")
-_GROUP = _MEMORY / "grit-matrix"
+_GROUP = _MEMORY / f"grit-matrix-{os.getpid()}"
 _FIRST_TO_GO = "1000"  # proc_pid_oom_score_adj(5): before what it starts
 
 needs_memory_groups = pytest.mark.skipif(

@@ -36,7 +36,7 @@ READS = [
 
 
 def row(fault: str, part: str) -> str:
-    return f"{fault}, under the lane" if part == LANE else fault
+    return f"{fault} (the lane's files)" if part == LANE else fault
 
 
 @pytest.mark.parametrize("size", ["64k", "400k"], ids=["at once", "late"])
@@ -172,7 +172,9 @@ def test_hung_disk_in_a_restore(cell: Cell, phase: str, part: str) -> None:
         cell.box.remove()
 
 
-@pytest.mark.parametrize("cell", [{"lane": "off", "dump_timeout": 2}], ids=[""], indirect=True)
+@pytest.mark.parametrize(
+    "cell", [{"lane": "off", "dump_timeout": 2}], ids=["without the lane"], indirect=True
+)
 @pytest.mark.parametrize(("phase", "operation"), [("dump", "write"), ("publish", "fsync")])
 def test_disk_hung_for_good(cell: Cell, phase: str, operation: str) -> None:
     """The container runs on while it still hangs."""
