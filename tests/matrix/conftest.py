@@ -76,19 +76,18 @@ def cell(
         box = Box(
             node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG, gpu.honouring(node)
         )
-        box.start()
-        box.check()
-        found = Cell(node, board, box, record_property)
         try:
-            yield found
+            box.start()
+            box.check()
+            yield Cell(node, board, box, record_property)
         finally:
             board.end_faults()
             clear(node, gpu.FAILPOINTS)
             node.path(gpu.FAILPOINTS).mkdir()
-            found.box.remove()
+            box.remove()
             clear(node, PLACE)
             clear(node, "/var/log/containerd-shim-grit")
-            found.box.containerd.__exit__()
+            box.containerd.__exit__()
     with contextlib.suppress(AssertionError):
         gpu.until("an end without leaks", lambda: not node.leaks() - before, 15)
     assert not node.leaks() - before
