@@ -242,8 +242,8 @@ def test_containerd_killed_in_a_restore(cell: Cell, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", failpoint.RESTORE)
 def test_client_gone_in_a_restore(cell: Cell, phase: str) -> None:
-    """containerd gives up what it was doing for that client: a task that was being created is
-    removed, one that was being started starts."""
+    """containerd gives up what it was doing for that client: the shim of a task that is being
+    created is ended, wherever it is; one that is being started starts."""
     cell.end_by_checkpoint()
     held = cell.held(phase)
     client = cell._pool.submit(_given_up, lambda: cell.box.begin_run().result())
@@ -251,11 +251,12 @@ def test_client_gone_in_a_restore(cell: Cell, phase: str) -> None:
     cell.reconnect()
     told = client.result(60)
     assert told
-    held.go_on()
     if phase in IN_CREATE:
         until("its removal", lambda: not cell.box.rootfs().parent.exists())
+        held.remove()
         came = cell.restorable(told)
     else:
+        held.go_on()
         came = cell.restored()
     cell.came("client's connection dropped", "restore", phase, came)
 
