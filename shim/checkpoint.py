@@ -36,6 +36,7 @@ from shim import (
     log,
     messages,
     options,
+    patience,
     places,
     preflight,
     proof,
@@ -70,6 +71,9 @@ _LOST = (
 )
 _LOSS_SECONDS = 0.5
 """A process that runs what CRIU has left in it ends at once."""
+
+_CLEAR_SECONDS = 10.0
+"""How long a client waits for the removal of what failed, which goes on all the same."""
 
 _ROUNDS = 3
 """How often a process that takes up CUDA between suspend and freeze makes us begin again."""
@@ -136,12 +140,13 @@ def checkpoint(
                 raise CheckpointError(
                     f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
                 ) from failure
-            if not lane.is_dropped(container):
-                draft.withdraw()
-            elif container.kept is None:
+            whole = not lane.is_dropped(container)
+            if not whole and container.kept is None:
                 container.kept = draft  # it has what the processes lack
             # A client that paused it has its Resume still to come.
             left = _left_paused(container, failure) if was_paused else _undo(container, failure)
+            if whole:  # now that it runs: the disk may be what failed, or hangs
+                left += _withdrawn(container, draft)
             raise CheckpointError(f"{failure}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
@@ -155,7 +160,7 @@ def checkpoint(
             )
     finally:
         if container.kept is not draft:
-            _discard(container, draft)
+            _discarded(container, draft)
         if container.paused_by is None:
             journal.close(container)
         else:
@@ -169,16 +174,6 @@ def checkpoint(
                 plain=plain if kept else None,
                 checkpoint=made,
             )
-
-
-def _discard(container: Container, draft: checkpoint_dir.Draft) -> None:
-    """A whole checkpoint is no failure for what was encrypted and could not be taken away."""
-    try:
-        draft.discard()
-    except checkpoint_dir.CheckpointDirError as error:
-        if not draft.published:
-            raise
-        log.error("images were left in the clear", id=container.id, error=error)
 
 
 def resume(container: Container) -> None:
@@ -313,7 +308,11 @@ def _dump(
             config_file=_write_criu_config(container, state, plugin),
         ),
     )
-    request.write_descriptors(state, draft.images)
+    patience.within(
+        settings.dump_timeout,
+        f"{draft.images}: the container's descriptors were not written",
+        lambda: request.write_descriptors(state, draft.images),
+    )
     volumes.save(bundle.read_spec(container.bundle), draft.images, settings.dump_timeout)
     criu = _criu(container, plugin)
     in_lane = lane.write_and_drop(container, draft.images)
@@ -323,16 +322,28 @@ def _dump(
         if script == "post-dump":
             if plugin:
                 _require_copies(container)
-            proof.require(cuda, draft.images, uncopied)
+            patience.within(
+                settings.dump_timeout,
+                f"{draft.images}: its images were not looked at",
+                lambda: proof.require(cuda, draft.images, uncopied),
+            )
             manifest = _manifest(container, opts)
             if draft.key is not None:
                 lane.forget_digests(manifest)
             manifest.phases["dump"] = _since(began)
             failpoint.reach("publish")
             journal.note(container, journal.PUBLISHING)
-            whole = draft.publish(
-                manifest, digested.stop(), in_lane, algorithm=algorithm, sign=sign
-            )
+            try:
+                whole = patience.within(
+                    settings.dump_timeout,
+                    f"{draft.path} was not synced to its disk",
+                    lambda: draft.publish(
+                        manifest, digested.stop(), in_lane, algorithm=algorithm, sign=sign
+                    ),
+                )
+            except patience.DiskHangs:
+                draft.give_up()
+                raise
             failpoint.reach("let-go")
             journal.note(container, journal.PUBLISHED, checkpoint=draft.final, draft=None)
             names = ("dump", "encrypt", "checksums")
@@ -496,6 +507,34 @@ def _undo(container: Container, failure: Exception) -> str:
 def _left_paused(container: Container, failure: Exception) -> str:
     ended = _lost_criu(failure) and container.has_ended()
     return _LOST if ended else "the container stays paused"
+
+
+def _withdrawn(container: Container, draft: checkpoint_dir.Draft) -> str:
+    """Takes back a checkpoint that was published, if any, with the container running: the disk may
+    be what failed. What is to be told of it, "" if all went well."""
+    if not draft.published:
+        return ""
+    what = f"the checkpoint {draft.final} was not removed"
+    try:
+        patience.within(_CLEAR_SECONDS, what, draft.withdraw)
+    except (patience.DiskHangs, checkpoint_dir.CheckpointDirError) as error:
+        log.error("a checkpoint that failed is still there", id=container.id, error=error)
+        return f"; {error}"
+    return ""
+
+
+def _discarded(container: Container, draft: checkpoint_dir.Draft) -> None:
+    """Removes a draft, at the latest when its disk answers. Raises CheckpointDirError; not where
+    the checkpoint is whole, which what is left in the clear does not make a failure."""
+    what = f"the draft {draft.path} was not removed"
+    try:
+        patience.within(_CLEAR_SECONDS, what, draft.discard)
+    except patience.DiskHangs as error:
+        log.warning("a draft is removed when its disk answers", id=container.id, error=error)
+    except checkpoint_dir.CheckpointDirError as error:
+        if not draft.published:
+            raise
+        log.error("images were left in the clear", id=container.id, error=error)
 
 
 def _lost_criu(failure: Exception) -> bool:

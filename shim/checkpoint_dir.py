@@ -103,6 +103,8 @@ class Draft:
     def __init__(self, final: str, path: str, lock: int, *, inside: bool) -> None:
         self.final = final
         self.path = path
+        import threading
+
         self._lock: int | None = lock
         self._inside = inside
         self._moved: list[str] = []
@@ -110,6 +112,11 @@ class Draft:
         self._plain: Draft | None = None
         self.key: Key | None = None
         self.published = False
+        self._given_up = False
+        self._verdict = threading.Lock()
+        """Guards `published` and `_given_up`, of which one comes first."""
+        self._busy = threading.Lock()
+        """Held by publish() and discard(): a disk that hung may leave both to be done at a time."""
 
     @classmethod
     def begin(cls, final: str, key: Key | None = None, plain_in: str = "") -> Draft:
@@ -215,6 +222,17 @@ class Draft:
         CheckpointDirError, after which `final` holds no checkpoint and discard() removes what there
         is.
         """
+        with self._busy:
+            return self._publish(manifest, known, whole, algorithm, sign)
+
+    def _publish(
+        self,
+        manifest: Manifest,
+        known: Mapping[tuple[str, int], bytes] | None,
+        whole: Mapping[str, str] | None,
+        algorithm: str,
+        sign: Sign | None,
+    ) -> Manifest:
         import time
 
         if self._lock is None:
@@ -243,6 +261,7 @@ class Draft:
                 names.append(MANIFEST + SIGNATURE)
             _write_new(os.path.join(self.path, MANIFEST), encoded)
             _sync_directory(self.path)
+            self._require_wanted()
             if self._inside:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
                 self._move_up(names)
@@ -250,12 +269,16 @@ class Draft:
                 os.rename(self.path, self.final)
                 self.path = self.final
                 _sync_directory(os.path.dirname(self.final))
+            with self._verdict:
+                self.published = not self._given_up
+            if not self.published:
+                self._take_back()
+                self._require_wanted()
         except OSError as error:
             raise CheckpointDirError(
                 f"cannot publish the checkpoint {self.final}: {reason(error)}"
             ) from error
         self._unlock()
-        self.published = True
         return made
 
     def _encrypted(self, manifest: Manifest, names: list[str], key: Key) -> Manifest:
@@ -269,6 +292,13 @@ class Draft:
         sealed.seal_all(self.images, self.path, names, key, kind["id"])
         phases = {**manifest.phases, "encrypt": round(time.monotonic() - begun, 6)}
         return Manifest(**{**vars(manifest), "encryption": kind, "phases": phases})
+
+    def give_up(self) -> None:
+        """Nobody waits for the publish() under way any longer: it raises CheckpointDirError, with
+        the draft a draft still, whenever it comes to its end. Where it has just done so, see
+        `published`. Waits for nothing."""
+        with self._verdict:
+            self._given_up = not self.published
 
     def withdraw(self) -> None:
         """Takes back what publish() made, for a dump that failed after all; does nothing if it made
@@ -364,12 +394,13 @@ class Draft:
 
     def discard(self) -> None:
         """Removes the draft and all in it; does nothing once discarded, or published, but for what
-        was encrypted: that goes in any case. Raises CheckpointDirError."""
+        was encrypted: that goes in any case, and first. Raises CheckpointDirError."""
         try:
-            self._discard()
-        finally:
             if self._plain is not None:
                 self._plain.discard()
+        finally:
+            with self._busy:
+                self._discard()
 
     def _discard(self) -> None:
         if self._lock is None:
@@ -391,6 +422,22 @@ class Draft:
             ) from error
         finally:
             self._unlock()
+
+    def _take_back(self) -> None:
+        """All as it was before publish() gave it the final name. Raises OSError."""
+        if self._inside:
+            os.mkdir(self.path, 0o700)
+            while self._moved:  # the manifest first
+                name = self._moved[-1]
+                os.rename(os.path.join(self.final, name), os.path.join(self.path, name))
+                self._moved.pop()
+        else:
+            os.rename(self.final, self._begun_at)
+            self.path = self._begun_at
+
+    def _require_wanted(self) -> None:
+        if self._given_up:
+            raise CheckpointDirError(f"the draft for {self.final} was given up")
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -19,7 +19,7 @@ import os
 import signal
 import time
 
-from shim import digests, failpoint, gpu, journal, log
+from shim import digests, failpoint, gpu, journal, log, patience
 from shim.criu_bridge import freezer
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
@@ -47,7 +47,8 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
     """Takes the device memory out of the frozen container's processes and into `directory`, as far
     as that is worth it and can be done. The digests of the files by name.
 
-    Raises NotRefilled if a process was left without some of its memory, which is in the files."""
+    Raises NotRefilled if a process was left without some of its memory, which is in the files;
+    patience.DiskHangs if nothing can be put into the directory."""
     suspended = container.suspension
     if suspended is None or suspended.engine != "driver" or container.config.lane == "off":
         return {}
@@ -82,9 +83,11 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
             refill(container)
             for process in took:
                 process.lane = []
-            for name in os.listdir(directory):
-                if name.startswith(PREFIX):
-                    os.unlink(os.path.join(directory, name))
+            patience.within(
+                container.config.dump_timeout,
+                f"{directory}: the lane's files were not removed",
+                lambda: _remove(directory),
+            )
             return {}
     size = sum(shard.size for process in took for shard in process.lane)
     container.phases |= {"lane_write": written, "lane_drop": time.monotonic() - began - written}
@@ -250,6 +253,12 @@ def _regions(process: Process, least: int) -> list[tuple[int, int]]:
         for start, end in process.regions
         if end - start >= least and any(s <= start and end <= e for s, e in found)
     ]
+
+
+def _remove(directory: str) -> None:
+    for name in os.listdir(directory):
+        if name.startswith(PREFIX):
+            os.unlink(os.path.join(directory, name))
 
 
 def _written(container: Container, driver: Driver, process: Process, directory: str) -> list[Shard]:

@@ -17,6 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help=text)
     text = "write the tables in docs/fault-matrix.md from the outcomes of the tests in tests/matrix"
     parser.addoption("--write-matrix", action="store_true", help=text)
+    text = "the node of tests/matrix: 13 with cgroup v1, or forky with v2, of which the tables tell"
+    parser.addoption("--matrix-node", choices=("13", "forky"), default="forky", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

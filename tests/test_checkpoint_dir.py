@@ -117,6 +117,41 @@ def test_publishing_makes_a_whole_checkpoint(place: pathlib.Path, made_by_contai
     assert contents(place).keys() == {*IMAGES, "grit.json"}
 
 
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("where", ["place", "within"])
+def test_what_is_given_up_stays_a_draft(
+    request: pytest.FixtureRequest, where: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever publishing ends: the disk hung, before it got its name or in the middle of that."""
+    final: pathlib.Path = request.getfixturevalue(where)
+    draft = Draft.begin(str(final))
+    dump_into(draft)
+    real = getattr(os, call)
+
+    def late(*words: str) -> None:
+        real(*words)
+        draft.give_up()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, late)
+        with pytest.raises(CheckpointDirError, match="was given up"):
+            draft.publish(a_manifest())
+    assert not draft.published
+    assert contents(pathlib.Path(draft.path)).keys() == {*IMAGES, "grit.json"}
+    assert not final.exists() or not contents(final)
+    draft.discard()
+    assert not final.exists() or not list(final.iterdir())
+    assert [one for one in final.parent.iterdir() if one != final] == []
+
+
+def test_what_was_published_cannot_be_given_up(place: pathlib.Path) -> None:
+    draft = Draft.begin(str(place))
+    dump_into(draft)
+    draft.publish(a_manifest())
+    draft.give_up()
+    assert draft.published
+
+
 def test_a_manifest_is_readable_json(place: pathlib.Path) -> None:
     published(place)
     document = json.loads((place / "grit.json").read_bytes())

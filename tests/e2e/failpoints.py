@@ -26,6 +26,7 @@ class Held:
         self._path = directory / name
         os.mkfifo(self._path)
         self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._answer = -1
 
     def reached(self, seconds: float = 30.0) -> int:
         """Waits for the daemon; its pid in the node."""
@@ -37,19 +38,26 @@ class Held:
         self._fd = -1
         return pid
 
+    def listens(self) -> None:
+        """Waits, after `reached`, until it does no more than wait for `go_on`."""
+        until("the daemon's listening", self._open_to_answer)
+
     def go_on(self, action: str = "go") -> None:
         """Lets it go on, after `reached`. The actions are shim/failpoint.py's."""
-        os.write(until("the daemon's listening", self._open_to_answer), action.encode())
+        self.listens()
+        os.write(self._answer, action.encode())
         os.close(self._answer)
 
-    def _open_to_answer(self) -> int:
+    def _open_to_answer(self) -> bool:
+        if self._answer >= 0:
+            return True
         try:
             self._answer = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return 0
-        return self._answer
+            return False
+        return True
 
     def remove(self) -> None:
         """For a daemon that will not come, or was killed while it was held."""

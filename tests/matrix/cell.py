@@ -135,6 +135,13 @@ class Cell:
         self.next_works()
         return "not restored, told; again: restored"
 
+    def restored(self) -> str:
+        """It was, and goes on."""
+        until("RUNNING", lambda: self.box.status() == m.RUNNING)
+        self.box.check()
+        self.next_works()
+        return "restored all the same"
+
     def next_works(self) -> None:
         """And leaves the daemon with no more descriptors and threads than the one before it."""
         images = f"{PLACE}/next/checkpoint"

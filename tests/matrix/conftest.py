@@ -34,19 +34,28 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if outcomes and session.config.getoption("--write-matrix"):
-        table.write(table.tables({**table.written(), **outcomes}))
+    node = session.config.getoption("--matrix-node")
+    written = table.written()
+    if outcomes and session.config.getoption("--write-matrix") and node == "forky":
+        table.write(table.tables({**written, **outcomes}))
+    elif "tests/matrix" in " ".join(session.config.args):
+        for cell, came in outcomes.items():
+            if came != written.get(cell):
+                print(f"\n{node}: {', '.join(cell)}: {came}, not {written.get(cell)}", end="")
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[tuple[Node, SimGpu, Pattern]]:
-    """Node forky, with one simulated GPU, and what a job on it is made of."""
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[Node, SimGpu, Pattern]]:
+    """The node, with one simulated GPU, and what a job on it is made of."""
     env = gpu.ENVIRONMENT_OF_GRIT
-    with running("forky", binds=gpu.kit_binds(), env=env) as node:
+    name = request.config.getoption("--matrix-node")
+    cgroup = {"13": "v1", "forky": "v2"}[name]
+    with running(name, cgroup=cgroup, binds=gpu.kit_binds(), env=env) as node:
+        gpu.grit_as_runc(node)
         board = gpu.gpu_of(node, capacity=16 << 20)
         gpu.configure(node, lane_from=4096)
         with connect(node) as containerd:
-            job = gpu.Job(node, board, "job", *SMALL, runtime=gpu.GRIT)
+            job = gpu.Job(node, board, "job", *SMALL, runtime=gpu.honouring(node))
             made = pattern(job, containerd)
         node.path(gpu.FAILPOINTS).mkdir()
         yield node, board, made
@@ -64,20 +73,21 @@ def cell(
     gpu.configure(node, **getattr(request, "param", {"lane_from": 4096}))
     before = node.leaks()
     with connect(node) as containerd:
-        box = Box(node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG)
-        box.start()
-        box.check()
-        found = Cell(node, board, box, record_property)
+        box = Box(
+            node, containerd, "job", copy.deepcopy(spec), parent, gpu.CONFIG, gpu.honouring(node)
+        )
         try:
-            yield found
+            box.start()
+            box.check()
+            yield Cell(node, board, box, record_property)
         finally:
             board.end_faults()
             clear(node, gpu.FAILPOINTS)
             node.path(gpu.FAILPOINTS).mkdir()
-            found.box.remove()
+            box.remove()
             clear(node, PLACE)
             clear(node, "/var/log/containerd-shim-grit")
-            found.box.containerd.__exit__()
+            box.containerd.__exit__()
     with contextlib.suppress(AssertionError):
         gpu.until("an end without leaks", lambda: not node.leaks() - before, 15)
     assert not node.leaks() - before

@@ -2,15 +2,16 @@
 
     python3 fuse_server.py MOUNTPOINT BACKING CONTROL
 
-It shows BACKING at MOUNTPOINT, and looks into the file CONTROL before each request: `fail OP` has
-the operation answered with EIO, `stop OP` has it, and all after it, wait until the file says
-otherwise; meanwhile there is a file CONTROL.stopped. The numbers are the kernel's
-(include/uapi/linux/fuse.h, 7.31).
+It shows BACKING at MOUNTPOINT, and looks into the file CONTROL before each request: `fail OP PART`
+has the operation, on files with PART in their path, answered with EIO, `slow OP PART` after a
+while, `stop OP PART` has it, and all after it, wait until the file says otherwise. Since the first
+of them there is a file CONTROL.met. The numbers are the kernel's (include/uapi/linux/fuse.h, 7.31).
 """
 
 import ctypes
 import errno
 import os
+import select
 import stat
 import struct
 import sys
@@ -25,10 +26,12 @@ NAMES = {"read": (READ,), "write": (WRITE,), "rename": (RENAME, RENAME2)}
 NAMES["fsync"] = (FSYNC, FSYNCDIR)
 SET_MODE, SET_SIZE = 1, 8
 BUFFER = 1 << 20
+SLOW_SECONDS = 0.02
 
 mountpoint, backing, control = sys.argv[1:]
 paths = {1: backing}
 numbers = {backing: 1}
+stopped_by = ""
 
 
 def number_of(path: str) -> int:
@@ -141,54 +144,84 @@ def answer(op: int, node: int, body: bytes) -> bytes:
         about = os.statvfs(backing)
         counts = (about.f_blocks, about.f_bfree, about.f_bavail, about.f_files, about.f_ffree)
         return struct.pack("<5Q4I24x", *counts, about.f_bsize, 255, about.f_frsize, 0)
-    elif op not in (FSYNC, FSYNCDIR, FLUSH, DESTROY):
+    elif op not in (FSYNC, FSYNCDIR, DESTROY):  # FLUSH: no killed process waits for it at its end
         raise OSError(errno.ENOSYS, "")
     return b""
 
 
-def wanted(op: int) -> None:
-    """Waits while CONTROL says so; raises the error it asks for."""
-    while True:
-        try:
-            with open(control) as file:
-                act, name = file.read().split()
-        except (FileNotFoundError, ValueError):
-            return
-        if op not in NAMES[name]:
-            return
+def told(op: int, path: str) -> str:
+    """What CONTROL has us do about it: fail, slow, stop, or nothing."""
+    global stopped_by
+    try:
+        with open(control) as file:
+            text = file.read()
+        act, name, *part = text.split()
+    except (FileNotFoundError, ValueError):
+        text = act = ""
+    if stopped_by and stopped_by == text:
+        return "stop"  # also when who came by first waits no longer
+    stopped_by = ""
+    if not act or op not in NAMES[name] or not all(one in path for one in part):
+        return ""
+    open(f"{control}.met", "w").close()
+    if act == "stop":
+        stopped_by = text
+    return act
+
+
+def respond(request: bytes, act: str) -> None:
+    _, op, unique, node = struct.unpack_from("<IIQQ", request)
+    code, out = 0, b""
+    try:
         if act == "fail":
             raise OSError(errno.EIO, "")
-        open(f"{control}.stopped", "w").close()
-        time.sleep(0.01)
+        if act == "slow":
+            time.sleep(SLOW_SECONDS)
+        out = answer(op, node, request[40:])
+    except OSError as error:
+        code = error.errno or errno.EIO
+    if op not in SILENT:
+        reply(unique, code, out)
+
+
+def reply(unique: int, code: int, out: bytes) -> None:
+    try:
+        os.write(fuse, struct.pack("<IiQ", 16 + len(out), -code, unique) + out)
+    except FileNotFoundError:
+        pass  # who asked has been killed
 
 
 def main() -> None:
-    fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"failing", mountpoint.encode(), b"fuse", 0, options.encode()):
         sys.exit(os.strerror(ctypes.get_errno()))
+    waiting: list[bytes] = []
     while True:
-        try:
-            request = os.read(fuse, BUFFER)
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                return  # unmounted
-            if error.errno in (errno.EINTR, errno.ENOENT):
-                continue
-            raise
-        _, op, unique, node = struct.unpack_from("<IIQQ", request)
-        code, out = 0, b""
-        try:
-            wanted(op)
-            out = answer(op, node, request[40:])
-        except OSError as error:
-            code = error.errno or errno.EIO
-        if op not in SILENT:
+        if select.select([fuse], [], [], 0.01 if waiting else None)[0]:
             try:
-                os.write(fuse, struct.pack("<IiQ", 16 + len(out), -code, unique) + out)
-            except FileNotFoundError:
-                pass  # who asked has been killed
+                request = os.read(fuse, BUFFER)
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return  # unmounted
+                if error.errno in (errno.EINTR, errno.ENOENT):
+                    continue
+                raise
+            if struct.unpack_from("<IIQQ", request)[1] == INTERRUPT:
+                # A signal, as the one that kills: an NFS client, too, then waits no longer.
+                (of,) = struct.unpack_from("<Q", request, 40)
+                for one in [one for one in waiting if struct.unpack_from("<8xQ", one)[0] == of]:
+                    waiting.remove(one)
+                    reply(of, errno.EINTR, b"")
+                continue
+            waiting.append(request)
+        while waiting:
+            _, op, _, node = struct.unpack_from("<IIQQ", waiting[0])
+            act = told(op, paths.get(node, backing))
+            if act == "stop":
+                break
+            respond(waiting.pop(0), act)
 
 
+fuse = os.open("/dev/fuse", os.O_RDWR)
 main()

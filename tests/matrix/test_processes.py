@@ -3,9 +3,9 @@ which they are at work."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,12 +16,11 @@ from tests.e2e.faults import (
     helper_calling,
 )
 from tests.e2e.gpu import configure, until
+from tests.matrix.strikes import AT_ITS_LIMIT, FAULTS, needs_memory_groups, struck
 
 if TYPE_CHECKING:
     from tests.matrix.cell import Cell
 
-MEMORY = Path("/sys/fs/cgroup/memory")
-MEMORY_GROUP = MEMORY / "grit-matrix"
 SLOW = "speed=200000"  # bytes/s: more than a second for the workload's 256 KiB
 WAITS = {"lock": "lock=never", "copy": "checkpoint=hang", "give-back": "restore=hang"}
 HANGS = {"lock": "lock=hang", "copy": "checkpoint=hang", "give-back": "restore=hang"}
@@ -52,26 +51,29 @@ def test_criu_in_a_checkpoint(cell: Cell, phase: str, fault: str) -> None:
     cell.came(f"CRIU {fault}", "checkpoint", phase, came)
 
 
-@pytest.mark.skipif(not MEMORY.is_dir(), reason="this host has no v1 memory controller")
+@needs_memory_groups
 @pytest.mark.parametrize("cell", [{"lane": "off"}], ids=["without the lane"], indirect=True)
 def test_criu_out_of_memory_in_a_checkpoint(cell: Cell) -> None:
     """The kernel takes it at the limit of its control group."""
     job: Any = cell.box
     client = cell.checkpoint()
     criu = criu_halted(job)
-    MEMORY_GROUP.mkdir(exist_ok=True)
-    try:
-        (MEMORY_GROUP / "memory.limit_in_bytes").write_text("65536")
-        (MEMORY_GROUP / "cgroup.procs").write_text(str(criu))
+    with struck(criu, AT_ITS_LIMIT):
         os.kill(criu, signal.SIGCONT)
         told = client.result(60)
-        assert "oom_kill 0" not in (MEMORY_GROUP / "memory.oom_control").read_text()
-    finally:
-        until("the end of CRIU", lambda: not (MEMORY_GROUP / "cgroup.procs").read_text())
-        MEMORY_GROUP.rmdir()
     assert "killed by signal 9" in told
     came = cell.dead(told) if "the container has ended" in told else cell.alive(whole=False)
     cell.came("CRIU at its memory limit", "checkpoint", "dump", came)
+
+
+@needs_memory_groups
+def test_criu_out_of_memory_in_a_restore(cell: Cell) -> None:
+    cell.end_by_checkpoint()
+    client = cell.restore()
+    criu = cell.node.host_pid(criu_restoring(cell.node))
+    with struck(criu, AT_ITS_LIMIT):
+        told = client.result(60)
+    cell.came("CRIU at its memory limit", "restore", "restore", cell.restorable(told))
 
 
 @pytest.mark.parametrize("fault", ["killed", "stopped"])
@@ -87,7 +89,7 @@ def test_criu_in_a_restore(cell: Cell, fault: str) -> None:
 
 
 @pytest.mark.parametrize("phase", ["lock", "copy", "give-back"])
-@pytest.mark.parametrize("fault", ["killed", "stopped"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_helper_in_a_checkpoint(cell: Cell, phase: str, fault: str) -> None:
     """In the middle of a driver call; a helper that is stopped is given up at its deadline."""
     configure(cell.node, lock_timeout=1, dump_timeout=5)
@@ -101,10 +103,9 @@ def test_helper_in_a_checkpoint(cell: Cell, phase: str, fault: str) -> None:
         held.reached()
         cell.board.fault(WAITS[phase])
         held.go_on()
-    pid = cell.node.host_pid(helper_calling(cell.node))
-    os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-    cell.board.end_faults()
-    told = client.result(90)
+    with struck(cell.node.host_pid(helper_calling(cell.node)), fault):
+        cell.board.end_faults()
+        told = client.result(90)
     configure(cell.node)
     # One that dies between two calls is followed by another, and nobody need know.
     whole = phase == "give-back" or not told
@@ -139,7 +140,7 @@ def test_driver_hangs_in_a_checkpoint(cell: Cell, phase: str) -> None:
     cell.came("driver hangs", "checkpoint", phase, cell.alive(whole=whole))
 
 
-@pytest.mark.parametrize("fault", ["helper killed", "helper stopped", "driver hangs"])
+@pytest.mark.parametrize("fault", [*FAULTS, "driver hangs"])
 def test_gpu_in_a_restore(cell: Cell, fault: str) -> None:
     """While the processes get their GPU back."""
     configure(cell.node, lock_timeout=1, dump_timeout=5)
@@ -150,16 +151,13 @@ def test_gpu_in_a_restore(cell: Cell, fault: str) -> None:
     cell.board.fault("restore=hang" if fault == "driver hangs" else SLOW)
     held.go_on()
     pid = cell.node.host_pid(helper_calling(cell.node))
-    if fault != "driver hangs":
-        os.kill(pid, signal.SIGKILL if fault == "helper killed" else signal.SIGSTOP)
-        cell.board.end_faults()
-    told = client.result(90)
+    with struck(pid, fault) if fault != "driver hangs" else contextlib.nullcontext():
+        if fault != "driver hangs":
+            cell.board.end_faults()
+        told = client.result(90)
     cell.board.end_faults()
     configure(cell.node)
-    if told:
-        came = cell.restorable(told)
-    else:  # another helper has mended it
-        cell.box.check()
-        cell.next_works()
-        came = "restored all the same"
-    cell.came(fault, "restore", "restore-gpu", came)
+    # Another helper may have mended it.
+    came = cell.restorable(told) if told else cell.restored()
+    row = fault if fault == "driver hangs" else f"helper {fault}"
+    cell.came(row, "restore", "restore-gpu", came)

@@ -51,6 +51,7 @@ class Box:
         spec: dict[str, Any],
         parent: str,
         config: str,
+        runtime: str = GRIT,
     ) -> None:
         self.node = node
         self.containerd = containerd
@@ -58,6 +59,7 @@ class Box:
         self.lines = 0
         self._spec = spec
         self._config = config
+        self._runtime = runtime
         self._snapshot = m.SnapshotRef(snapshotter=_SNAPSHOTTER, key=name, parent=parent)
         self._ref = m.TaskRef(container_id=name)
         self._read = 0  # bytes of the workload's reports
@@ -131,13 +133,17 @@ class Box:
 
     def begin_run(self) -> Call[m.Nothing]:
         """Makes the task, and the call under way that starts it."""
+        self.create()
+        return self.begin("Start")
+
+    def create(self) -> None:
+        """The task, not started yet. Raises ContainerdError."""
         mounts = self.containerd.call(SNAPSHOTS, "Mounts", self._snapshot, m.Mounts).mounts
         null = f"file://{os.devnull}"
         task = m.NewTask(
             container_id=self.name, rootfs=mounts, stdin=self._stdin, stdout=null, stderr=null
         )
         self.containerd.do(TASKS, "Create", task)
-        return self.begin("Start")
 
     def delete_task(self) -> None:
         self.containerd.do(TASKS, "Delete", self._ref)
@@ -180,7 +186,7 @@ class Box:
             id=self.name,
             image=IMAGE,
             runtime=m.Runtime(
-                name=GRIT,
+                name=self._runtime,
                 options=m.Any(type_url=messages.RUNTIME_OPTIONS, value=options.encode()),
             ),
             spec=m.Any(type_url=_SPEC, value=json.dumps(spec).encode()),
