@@ -64,7 +64,8 @@ gpu-test:  ## on a machine with an NVIDIA GPU and PyTorch, with the kit: the tes
 	@test -e /dev/nvidiactl || { echo "no NVIDIA GPU here: /dev/nvidiactl is missing"; exit 1; }
 	@test -e .gpu/kit.tar.xz || { echo "no .gpu/kit.tar.xz: make gpu-kit, elsewhere if need be"; exit 1; }
 	python3 -m pytest -o timeout_method=signal tests/gpu/test_real_checkpoint.py \
-	  tests/gpu/test_real_workloads.py tests/gpu/test_real_faults.py
+	  tests/gpu/test_real_workloads.py tests/gpu/test_real_several.py tests/gpu/test_real_lane.py \
+	  tests/gpu/test_real_faults.py
 
 demo: nodes  ## a GPU container checkpointed and restored before your eyes
 	$(PY) -m tests.demo

@@ -33,7 +33,7 @@ COMMAND = ENVIRONMENT / "libexec/cuda-checkpoint"
 PAUSE = "docker.io/local/pause:1"
 """What the sandboxes of pods run; only the tests with pods bring it."""
 
-_DEVICES = ("nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
+_DEVICES = (*(f"nvidia{n}" for n in range(8)), "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 _CONTAINERD = """\
 version = 3
 root = "{home}/root"

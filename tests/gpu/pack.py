@@ -26,7 +26,7 @@ _PROGRAMS = (
     "usr/bin/ctr",
     "usr/sbin/runc",
 )
-_WHEELS = ("cffi", "pycparser", "xxhash", "zstandard")
+_WHEELS = ("cffi", "cryptography", "pycparser", "xxhash", "zstandard")
 
 
 def main() -> None:
