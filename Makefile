@@ -73,7 +73,7 @@ demo: nodes  ## a GPU container checkpointed and restored before your eyes
 bench: nodes  ## beside the stock shim and runc, some 20 minutes; writes into docs/
 	$(PY) -m tests.bench
 
-matrix: nodes  ## every fault in every phase, some 10 minutes; writes docs/fault-matrix.md
+matrix: nodes  ## every fault in every phase, some 13 minutes; writes docs/fault-matrix.md
 	$(PY) -m pytest tests/matrix --write-matrix
 
 FUZZ_SECONDS ?= 180

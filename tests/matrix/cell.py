@@ -81,6 +81,15 @@ class Cell:
         """To a containerd that was started anew."""
         self.box.containerd.__exit__()
         self.box.containerd = connect(self.node)
+        # gRPC may remember for a while that nobody listened on that socket.
+        until("containerd", self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            self.box.status()
+        except ContainerdError:
+            return False
+        return True
 
     @staticmethod
     def _told(act: Callable[[], object]) -> str:
