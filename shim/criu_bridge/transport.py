@@ -202,6 +202,9 @@ class Connection:
         poll.register(self._pidfd, select.POLLIN)
         if not poll.poll(timeout_s * 1000):
             return False
+        # A CRIU that was killed may leave a child that sleeps for ever (4.2 util.c:
+        # fork_and_ptrace_attach), with the images open.
+        self.kill(0)
         try:
             self._status = os.waitpid(self.pid, os.WNOHANG)[1]
         except ChildProcessError:

@@ -2,7 +2,8 @@
 
 It is started as `criu swrk 3`, reads one request, looks around, and plays the steps listed in
 $FAKE_CRIU (JSON): {"notify": NAME}, {"answer": BOOL}, {"raw": HEX}, {"exit": N}, {"kill": N},
-{"hang": true}, {"write": PATH} (a file that grows until a write fails, then answers false).
+{"hang": true}, {"leave": true} (a child that sleeps for ever), {"write": PATH} (a file that grows
+until a write fails, then answers false).
 What it saw goes into $FAKE_CRIU_SAW.
 """
 
@@ -65,6 +66,11 @@ def main() -> None:
             os.kill(os.getpid(), step["kill"])
         elif "hang" in step:
             signal.pause()
+        elif "leave" in step:
+            saw["left"] = os.fork()
+            if not saw["left"]:
+                signal.pause()
+            tell(saw)
         elif "write" in step:
             with open(step["write"], "wb", buffering=0) as file:
                 connection.send(

@@ -17,6 +17,7 @@ import pytest
 from shim.criu_bridge import client, rpc
 from shim.criu_bridge.errors import CriuError
 from shim.criu_bridge.transport import Cancel, Service, Swrk
+from tests.cuda.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,6 +131,14 @@ def test_an_end_without_an_answer(
     with pytest.raises(CriuError, match=ending) as caught:
         fake.dump([*before, step])
     assert caught.value.died
+
+
+def test_what_a_killed_criu_leaves_is_ended(fake: Fake) -> None:
+    """It has the images open, and would sleep for ever."""
+    with pytest.raises(CriuError, match="killed by signal 9"):
+        fake.dump([{"leave": True}, {"kill": signal.SIGKILL}])
+    left = Path(f"/proc/{fake.saw()['left']}/stat")
+    until(lambda: not left.exists() or ") Z " in left.read_text())
 
 
 def test_connections_a_dead_criu_may_have_broken_are_mentioned(fake: Fake) -> None:
