@@ -17,7 +17,7 @@ import errno
 import os
 from functools import partial
 
-from shim import digests, signing
+from shim import digests, offsets, signing
 from shim.manifest import CheckpointDirError
 
 TYPE_CHECKING = False
@@ -146,11 +146,11 @@ def _seal(
     cipher = _cipher()(_file_key(by, head))
     with _reading(source) as plain, _writing(target) as sealed:
         if first == 0:
-            _write(sealed, head, 0)
+            offsets.write(sealed.fileno(), head, 0)
         for number in range(first, min(first + _PART, last + 1)):
             chunk = _read(plain, min(CHUNK, size - number * CHUNK), number * CHUNK)
             data = cipher.encrypt(_nonce(number, last), chunk, bound)
-            _write(sealed, data, _HEAD + number * (CHUNK + _TAG))
+            offsets.write(sealed.fileno(), data, _HEAD + number * (CHUNK + _TAG))
 
 
 def _open(
@@ -175,7 +175,7 @@ def _open(
                     f"{by!r}: it is damaged, cut short, or was another file, or another "
                     "checkpoint's"
                 ) from None
-            _write(plain, data, number * CHUNK)
+            offsets.write(plain.fileno(), data, number * CHUNK)
 
 
 def _parts(last: int) -> range:
@@ -212,13 +212,6 @@ def _read(file: FileIO, size: int, at: int) -> bytes:
     if len(data) != size:
         raise OSError(errno.EIO, "was cut short while it was read", file.name)
     return data
-
-
-def _write(file: FileIO, data: bytes, at: int) -> None:
-    left = memoryview(data)
-    while left:
-        done = os.pwrite(file.fileno(), left, at)
-        left, at = left[done:], at + done
 
 
 def _secret(data: bytes, what: str) -> bytes:

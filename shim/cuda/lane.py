@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from shim import digests
+from shim import digests, offsets
 from shim.cuda._memory import ffi
 from shim.cuda.errors import LaneError
 from shim.cuda.inject import Injected, calling
@@ -110,12 +110,12 @@ def _write_shard(
         _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
         if not _is_zero(libc, address, size):
             try:
-                _write_all(fd, chunk, at)
+                offsets.write(fd, chunk, at)
             except OSError as error:
                 if not (direct and error.errno == errno.EINVAL):
                     raise
                 direct = _bypass_cache(fd, False)  # it wants another alignment
-                _write_all(fd, chunk, at)
+                offsets.write(fd, chunk, at)
             if not direct:
                 libc.sync_file_range(fd, at, size, _SYNC_WRITE)  # a hint: fsync is what counts
         stream.update(chunk)
@@ -172,11 +172,11 @@ def _fill_shard(
     address, buffer = _buffer()
     for at in range(0, shard.size, _CHUNK):
         size = min(_CHUNK, shard.size - at)
-        if fresh and _is_hole(fd, at, size):
+        if fresh and offsets.is_hole(fd, at, size):
             stream.update(_ZEROS[:size])
             continue
         chunk = buffer[:size]
-        if not _read_all(fd, chunk, at):
+        if offsets.read(fd, chunk, at) < size:
             return ""
         stream.update(chunk)
         if not (fresh and _is_zero(libc, address, size)):
@@ -300,30 +300,6 @@ def _is_zero(libc: Any, address: int, size: int) -> bool:
     """Whether the first word is zero, and each equals the one after it. The size is of pages."""
     word: Any = ffi.cast("uint64_t *", address)
     return not word[0] and not libc.memcmp(word, word + 1, size - 8)
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while len(data):
-        count = os.pwrite(fd, data, at)
-        data, at = data[count:], at + count
-
-
-def _read_all(fd: int, data: memoryview, at: int) -> bool:
-    while len(data):
-        count = os.preadv(fd, [data], at)
-        if not count:
-            return False
-        data, at = data[count:], at + count
-    return True
-
-
-def _is_hole(fd: int, at: int, size: int) -> bool:
-    try:
-        return os.lseek(fd, at, os.SEEK_DATA) >= at + size
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return True  # nothing but holes from here on
-        raise
 
 
 def _bypass_cache(fd: int, on: bool) -> bool:

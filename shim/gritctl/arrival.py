@@ -13,7 +13,7 @@ import os
 import threading
 from contextlib import contextmanager
 
-from shim import checkpoint_dir, digests
+from shim import checkpoint_dir, digests, offsets
 from shim.checkpoint_dir import Draft
 
 TYPE_CHECKING = False
@@ -70,10 +70,7 @@ class Arrival:
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Raises ArrivalError for a name or a size that it does not take, OSError."""
         with self._open(name, offset + len(data)) as fd:
-            at, left = offset, data
-            while len(left):
-                count = os.pwrite(fd, left, at)
-                at, left = at + count, left[count:]
+            offsets.write(fd, data, offset)
             self._digest_ahead(fd, name, offset, len(data))
 
     def leave_hole(self, name: str, offset: int, size: int) -> None:

@@ -14,7 +14,7 @@ import queue
 import threading
 import zlib
 
-from shim import checkpoint_dir, digests
+from shim import checkpoint_dir, digests, offsets
 from shim.gritctl import wire
 from shim.gritctl.saving import SavingError
 from shim.gritctl.wire import Connection, PeerFailed, WireError
@@ -239,10 +239,10 @@ class Sending:
         try:
             if job.final and key not in self._sent:
                 size = min(os.fstat(fd).st_size - start, wire.CHUNK)
-                if _is_hole(fd, start, size):
+                if offsets.is_hole(fd, start, size):
                     stream.send("hole", file=job.name, offset=start, length=size)
                     return
-            chunk = buffer[: _read(fd, buffer, start)]
+            chunk = buffer[: offsets.read(fd, buffer, start)]
         finally:
             os.close(fd)
         digest = digests.new(self._algorithm)
@@ -300,23 +300,6 @@ def _files(top: int) -> Iterator[tuple[str, str]]:
 def _entries(directory: int) -> list[os.DirEntry[str]]:
     with os.scandir(directory) as entries:
         return list(entries)
-
-
-def _is_hole(fd: int, start: int, size: int) -> bool:
-    try:
-        return os.lseek(fd, start, os.SEEK_DATA) >= start + size
-    except OSError:  # ENXIO: no data behind
-        return True
-
-
-def _read(fd: int, buffer: memoryview, start: int) -> int:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], start + done)
-        if not count:
-            break
-        done += count
-    return done
 
 
 def _algorithm() -> str:
