@@ -6,10 +6,9 @@ process started.
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 
-from shim import failpoint, headroom, journal, log, places
+from shim import digests, failpoint, headroom, journal, log, places
 from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from shim.cuda.engine import Policy
     from shim.cuda.survey import Survey
     from shim.cuda.suspension import Process, Suspension
-
-_MOST_THREADS = 16
-"""More did not help on 16 processors, and each holds a buffer of 4 MiB."""
 
 PLUGIN_DIRECTORY = "/usr/lib/criu"
 """Where CRIU looks for plugins unless told otherwise (CRIU 4.2: include/plugin.h)."""
@@ -206,7 +202,7 @@ def policy(config: GritOptions) -> Policy:
 
 def threads(config: GritOptions) -> int:
     """How many are to move device memory at a time."""
-    return config.lane_threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return config.lane_threads or digests.processors()
 
 
 @contextmanager

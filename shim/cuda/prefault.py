@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from shim import digests
@@ -141,7 +142,4 @@ def _touch(pid: int, start: int, size: int, page: int, threads: int) -> None:
 
     begins = [start, *range(start + _PIECE - start % _PIECE, start + size, _PIECE)]
     ends = [*begins[1:], start + size]
-    digests.in_threads(
-        [lambda b=b, e=e: touch(b, e) for b, e in zip(begins, ends, strict=True)],  # type: ignore[misc]
-        threads,
-    )
+    digests.in_threads([partial(touch, *ends) for ends in zip(begins, ends, strict=True)], threads)
