@@ -101,10 +101,10 @@ class Draft:
     """
 
     def __init__(self, final: str, path: str, lock: int, *, inside: bool) -> None:
-        self.final = final
-        self.path = path
         import threading
 
+        self.final = final
+        self.path = path
         self._lock: int | None = lock
         self._inside = inside
         self._moved: list[str] = []
@@ -235,8 +235,7 @@ class Draft:
     ) -> Manifest:
         import time
 
-        if self._lock is None:
-            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        self._require_draft()
         try:
             names = self._checked_names()
             if self.key is not None:
@@ -266,9 +265,7 @@ class Draft:
                 _must_be_empty(self.final, but=os.path.basename(self.path))
                 self._move_up(names)
             else:
-                os.rename(self.path, self.final)
-                self.path = self.final
-                _sync_directory(os.path.dirname(self.final))
+                self._take_name()
             with self._verdict:
                 self.published = not self._given_up
             if not self.published:
@@ -324,8 +321,7 @@ class Draft:
         speak of in SHA256SUMS, which `sign` signs, and everything on the disk. Raises
         CheckpointDirError as publish().
         """
-        if self._lock is None:
-            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        self._require_draft()
         try:
             names = sorted(_beside(self.path))
             sums = self._seal(names, plain=True)
@@ -345,9 +341,7 @@ class Draft:
                 os.rmdir(self.path)
                 _sync_directory(self.final)
             else:
-                os.rename(self.path, self.final)
-                self.path = self.final
-                _sync_directory(os.path.dirname(self.final))
+                self._take_name()
         except OSError as error:
             raise CheckpointDirError(
                 f"cannot publish the checkpoint {self.final}: {reason(error)}"
@@ -360,8 +354,7 @@ class Draft:
         and all is on the disk. `known` are digests that were taken of it before, as in verify().
         Raises CheckpointDirError as publish().
         """
-        if self._lock is None:
-            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+        self._require_draft()
         images = os.path.join(self.path, IMAGES)
         problems: list[Problem] = []
 
@@ -380,11 +373,10 @@ class Draft:
         try:
             digests.in_threads([sync, check], 2)
             if problems:
-                shown = "; ".join(map(str, problems[:5]))
-                raise CheckpointDirError(f"what came for {self.final} is damaged: {shown}")
-            os.rename(self.path, self.final)
-            self.path = self.final
-            _sync_directory(os.path.dirname(self.final))
+                raise CheckpointDirError(
+                    f"what came for {self.final} is damaged: {listed(problems)}"
+                )
+            self._take_name()
         except OSError as error:
             raise CheckpointDirError(
                 f"cannot publish the checkpoint {self.final}: {reason(error)}"
@@ -422,6 +414,16 @@ class Draft:
             ) from error
         finally:
             self._unlock()
+
+    def _require_draft(self) -> None:
+        if self._lock is None:
+            raise CheckpointDirError(f"the draft for {self.final} was published or discarded")
+
+    def _take_name(self) -> None:
+        """All of it at once. Raises OSError."""
+        os.rename(self.path, self.final)
+        self.path = self.final
+        _sync_directory(os.path.dirname(self.final))
 
     def _take_back(self) -> None:
         """All as it was before publish() gave it the final name. Raises OSError."""
@@ -1015,6 +1017,12 @@ def _is_mount_point(path: str) -> bool:
     ):
         wanted = wanted.replace(plain, escaped)
     return wanted in points
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """For a message: a few, and how many more."""
+    shown = "; ".join(map(str, problems[:5]))
+    return shown + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def reason(error: OSError) -> str:

@@ -49,7 +49,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from shim.checkpoint_dir import Problem
     from shim.config import GritOptions
     from shim.confined import Identity
     from shim.container import Container
@@ -304,7 +303,7 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
     if suspicious:
         raise CheckpointDirError(
             f"the checkpoint {images} was not restored, since others than root could have changed "
-            f"it: {_listed(suspicious)}"
+            f"it: {checkpoint_dir.listed(suspicious)}"
         )
     problems = checkpoint_dir.verify_beside(images, keys) if beside else []
     manifest = None
@@ -321,7 +320,8 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
         problems += [one for one in found if keys or one.kind != "extra"]
     if problems:
         raise CheckpointDirError(
-            f"the checkpoint {images} is damaged and was not restored: {_listed(problems)}"
+            f"the checkpoint {images} is damaged and was not restored: "
+            f"{checkpoint_dir.listed(problems)}"
         )
     return manifest
 
@@ -359,11 +359,6 @@ def _decrypted(container: Container, images: str, manifest: Manifest) -> str:
     took = time.monotonic() - began
     log.info("decrypted", id=container.id, phase="decrypt", bytes=wanted, seconds=round(took, 3))
     return target
-
-
-def _listed(problems: list[Problem]) -> str:
-    shown = "; ".join(map(str, problems[:5]))
-    return shown + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _fit_gpus(container: Container, found: Restore, spec: dict[str, Any]) -> None:

@@ -284,8 +284,7 @@ def _require_trusted(one: stored.Stored) -> None:
     if settings.verify_keys:
         problems += checkpoint_dir.verify_beside(one.images, settings.verify_keys)
     if problems:
-        shown = "; ".join(map(str, problems[:5]))
-        raise RestoreError(f"{one.directory} was not restored: {shown}")
+        raise RestoreError(f"{one.directory} was not restored: {checkpoint_dir.listed(problems)}")
 
 
 def _annotation(note: str) -> tuple[str, str]:
