@@ -66,10 +66,7 @@ def command(
                     end=not leave_running,
                 ).run()
         except (saving.SavingError, Interrupted) as error:
-            display.close()
-            if isinstance(display, progress.Json):
-                display.finished(event="failed", error=str(error))
-            click.echo(f"gritctl: {error}", err=True)
+            progress.failed(display, str(error))
             return INTERRUPTED if isinstance(error, Interrupted) else FAILED
         finally:
             display.close()

@@ -126,10 +126,7 @@ def command(
                 ).run()
         except (saving.SavingError, MigrateError, InDoubt, Interrupted) as error:
             told = _in_doubt(error, target, there) if isinstance(error, InDoubt) else str(error)
-            display.close()
-            if isinstance(display, progress.Json):
-                display.finished(event="failed", error=told)
-            click.echo(f"gritctl: {told}", err=True)
+            progress.failed(display, told)
             return INTERRUPTED if isinstance(error, Interrupted) else FAILED
         finally:
             display.close()

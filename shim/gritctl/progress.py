@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import click
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
 
@@ -174,6 +175,14 @@ class _Amount(ProgressColumn):
         if not task.finished and task.fields["ok"]:
             phase.seconds = time.monotonic() - phase.began
         return Text(f"{output.seconds(phase.seconds):>9}{_amount(phase)}", style="cyan")
+
+
+def failed(display: Display, why: str) -> None:
+    """Ends the display, and says that it was for nothing."""
+    display.close()
+    if isinstance(display, Json):
+        display.finished(event="failed", error=why)
+    click.echo(f"gritctl: {why}", err=True)
 
 
 def choose(as_json: bool) -> Display:

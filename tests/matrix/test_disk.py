@@ -177,9 +177,20 @@ def test_hung_disk_in_a_restore(cell: Cell, phase: str, part: str) -> None:
 )
 @pytest.mark.parametrize(("phase", "operation"), [("dump", "write"), ("publish", "fsync")])
 def test_disk_hung_for_good(cell: Cell, phase: str, operation: str) -> None:
+    hangs_for_good(cell, phase, operation, "")
+
+
+def test_disk_hung_for_good_under_the_lane(cell: Cell) -> None:
+    """Before anything is dropped."""
+    configure(cell.node, lane_from=4096, dump_timeout=2)
+    cell.restart()
+    hangs_for_good(cell, "lane", "write", LANE)
+
+
+def hangs_for_good(cell: Cell, phase: str, operation: str, part: str) -> None:
     """The container runs on while it still hangs."""
     with mounted(cell.node) as disk:
-        client = checkpoint(cell, phase, disk.stop, operation, "")
+        client = checkpoint(cell, phase, disk.stop, operation, part)
         disk.met()
         until("RUNNING", lambda: cell.box.status() == m.RUNNING)
         cell.box.check()
@@ -187,21 +198,6 @@ def test_disk_hung_for_good(cell: Cell, phase: str, operation: str) -> None:
         assert client.result(60)
         came = cell.alive(whole=False, images=IMAGES)
     cell.came("disk hung past the deadline", "checkpoint", phase, came)
-
-
-def test_disk_hung_for_good_under_the_lane(cell: Cell) -> None:
-    """Before anything is dropped."""
-    configure(cell.node, lane_from=4096, dump_timeout=2)
-    cell.restart()
-    with mounted(cell.node) as disk:
-        client = checkpoint(cell, "lane", disk.stop, "write", LANE)
-        disk.met()
-        until("RUNNING", lambda: cell.box.status() == m.RUNNING)
-        cell.box.check()
-        disk.mend()
-        assert client.result(60)
-        came = cell.alive(whole=False, images=IMAGES)
-    cell.came("disk hung past the deadline", "checkpoint", "lane", came)
 
 
 def test_disk_hung_for_good_in_a_refill(cell: Cell) -> None:
