@@ -76,25 +76,25 @@ def mapper() -> Iterator[Mapper]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the memory that we have made."""
-    sizes: list[int] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes of the memory that we have made, and of the pages."""
+    sizes: list[tuple[int, int]] = []
     touch = prefault._touch
 
     def noted(pid: int, start: int, size: int, page: int, threads: int) -> None:
-        sizes.append(size)
+        sizes.append((size, page))
         touch(pid, start, size, page, threads)
 
     monkeypatch.setattr(prefault, "_touch", noted)
     return sizes
 
 
-def test_in_huge_pages(mapper: Mapper, made: list[int]) -> None:
+def test_in_huge_pages(mapper: Mapper, made: list[tuple[int, int]]) -> None:
     with prefaulted(mapper.pid, mapper.tid, MIB, 2) as failures:
         found = mapper.map()
         assert found["Rss"] == found["Size"]
         assert found["AnonHugePages"] >= 60 * 1024
-        assert made == [64 * MIB + 4096]
+        assert made == [(64 * MIB + 4096, 2 * MIB)]
         mapper.map()  # what is mapped in a second call, too
     assert failures == [] and len(made) == 2
     mapper.map()
@@ -103,7 +103,7 @@ def test_in_huge_pages(mapper: Mapper, made: list[int]) -> None:
 
 
 def test_without_huge_pages(
-    mapper: Mapper, made: list[int], monkeypatch: pytest.MonkeyPatch
+    mapper: Mapper, made: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefault, "_has_huge_pages", lambda pid: False)
     with prefaulted(mapper.pid, mapper.tid, MIB, 2) as failures:
@@ -114,7 +114,9 @@ def test_without_huge_pages(
 @pytest.mark.parametrize(
     ("size", "flags"), [(SIZE, 0), (MIB // 2, POPULATE)], ids=["not-at-once", "small"]
 )
-def test_other_memory_is_left_alone(mapper: Mapper, made: list[int], size: int, flags: int) -> None:
+def test_other_memory_is_left_alone(
+    mapper: Mapper, made: list[tuple[int, int]], size: int, flags: int
+) -> None:
     with prefaulted(mapper.pid, mapper.tid, MIB, 2) as failures:
         mapper.map(size, flags)
     assert (made, failures) == ([], [])
@@ -133,7 +135,7 @@ def test_memory_that_we_cannot_make(mapper: Mapper, monkeypatch: pytest.MonkeyPa
     assert traced_by(mapper.tid) == 0
 
 
-def test_who_is_traced_already(mapper: Mapper, made: list[int]) -> None:
+def test_who_is_traced_already(mapper: Mapper, made: list[tuple[int, int]]) -> None:
     ptrace.seize(mapper.tid)
     ptrace.wait_for_stop(mapper.tid)
     try:
