@@ -147,7 +147,7 @@ def checkpoint(
             left = _left_paused(container, failure) if was_paused else _undo(container, failure)
             if whole:  # now that it runs: the disk may be what failed, or hangs
                 left += _withdrawn(container, draft)
-            raise CheckpointError(f"{failure}; {left}") from failure
+            raise CheckpointError(f"{_told(container, failure)}; {left}") from failure
         if wanted.exit:  # CRIU has ended its processes; the inner shim reports their exit
             container.forget_pause()
         elif not was_paused:
@@ -488,6 +488,14 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
 
 def _since(began: float) -> float:
     return round(time.monotonic() - began, 6)
+
+
+def _told(container: Container, failure: Exception) -> str:
+    """What has failed, as it is once that was undone."""
+    again = not lane.is_dropped(container) and not container.has_ended()
+    if isinstance(failure, lane.NotRefilled) and again:
+        return f"{failure.fact}; it was filled in again since"
+    return str(failure)
 
 
 def _undo(container: Container, failure: Exception) -> str:

@@ -40,7 +40,12 @@ _FREEZE_SECONDS = 10.0
 
 
 class NotRefilled(Exception):
-    """Device memory is in files and not in its process, which must not run without it."""
+    """Device memory is in files and not in its process, which must not run without it. `fact` is
+    the text without what to do about it."""
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(f"{fact}. {advice}")
+        self.fact = fact
 
 
 def write_and_drop(container: Container, directory: str) -> dict[str, str]:
@@ -135,9 +140,9 @@ def refill(container: Container) -> None:
             except (CudaError, OSError) as error:
                 raise NotRefilled(
                     f"container {container.id}: the device memory of {process} is in "
-                    f"{process.dropped_to}/{PREFIX}* and not in the process: {error}. The "
-                    "container must not run like this, and stays frozen. Remove the cause and "
-                    f"resume it: ctr -n {container.namespace} task resume {container.id}"
+                    f"{process.dropped_to}/{PREFIX}* and not in the process: {error}",
+                    "The container must not run like this, and stays frozen. Remove the cause and "
+                    f"resume it: ctr -n {container.namespace} task resume {container.id}",
                 ) from error
             process.dropped_to = ""
     _log_filled("device memory filled in again", container, began)

@@ -65,7 +65,8 @@ def test_helper_fills_in_again(cell: Cell, fault: str) -> None:
         with struck(helper(cell), fault):
             disk.mend()
             told = client.result(60)
-        assert "is in" in told
+        assert "is in" in told and "filled in again since; the container runs on" in told
+        assert "stays frozen" not in told
         came = cell.alive(whole=False, images=IMAGES)
     cell.came(f"helper {fault}", "checkpoint", "refill", came)
 
