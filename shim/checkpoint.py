@@ -1,12 +1,14 @@
 """The life of a Checkpoint call, top to bottom.
 
     Pause       look for what stands against it; suspend the GPU (lock; copy device memory to the
-                host), then freeze
+                host); write that memory, if the client has announced where to; then freeze
     Checkpoint  dump a GPU-free, frozen container through CRIU's RPC
-    Resume      thaw, then give the GPU back (restore, unlock)
+    Resume      thaw, then fill in the memory that CRIU was not to see, and give the GPU back
+                (restore, unlock)
 
 The order is the whole point: a frozen process cannot answer the CUDA driver, so every driver
-call is made while the container runs. A Checkpoint without a Pause before it does all three. Each
+call is made while the container runs, and so is what need not be done while it stands still. A
+Checkpoint without a Pause before it does all three. Each
 function here leaves the container as it found it when it fails, and says so if it could not.
 All of them are called with the container's lock held.
 """
@@ -20,6 +22,7 @@ import time
 
 from shim import (
     ahead,
+    announced,
     bundle,
     checkpoint_dir,
     cri,
@@ -53,7 +56,7 @@ from shim.manifest import Manifest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from shim.container import Container
     from shim.criu_bridge.rpc import CriuOpts
@@ -91,7 +94,7 @@ def pause(container: Container, connection: int) -> None:
     """
     if container.suspension is None:
         try:
-            suspend_and_freeze(container)
+            suspend_and_freeze_ahead(container)
         except BaseException:
             journal.close(container)
             raise
@@ -114,25 +117,20 @@ def checkpoint(
     if not target:
         raise CheckpointError(f"container {container.id}: the client named no image directory")
     sign, key = signing.signer(container.config.sign_key), sealed.key(container.config)
-    draft = checkpoint_dir.Draft.begin(target, key, container.plain_in)
+    begun = _begun_ahead(container, target)
+    draft = begun or checkpoint_dir.Draft.begin(target, key, container.plain_in)
     plain = draft.images if key else None
-    journal.note(
-        container,
-        journal.BEGUN,
-        draft=draft.path,
-        plain=plain,
-        final=draft.final,
-        checkpoint=None,
-    )
+    _note_begun(container, draft)
     try:
         was_paused = container.status() == messages.PAUSED
         if not was_paused:
-            suspend_and_freeze(container, draft.takes_room_in)
+            suspend_and_freeze(container, draft)
         container.paused_by, container.orphanable = connection, True
         try:
             _make_whole(container)
-            if was_paused:
+            if was_paused and not begun:  # else that has been looked at, and written
                 preflight.before_dump(container, draft.takes_room_in)
+                lane.begin_anew(container)
             _dump(container, draft, wanted, sign)
         except Exception as failure:
             if draft.published and container.has_ended():
@@ -141,7 +139,7 @@ def checkpoint(
                     f"{failure}; the container has ended, and its checkpoint {draft.final} is whole"
                 ) from failure
             whole = not lane.is_dropped(container)
-            if not whole and container.kept is None:
+            if not whole and container.kept is None and not container.held:
                 container.kept = draft  # it has what the processes lack
             # A client that paused it has its Resume still to come.
             left = _left_paused(container, failure) if was_paused else _undo(container, failure)
@@ -179,11 +177,13 @@ def checkpoint(
 def resume(container: Container) -> None:
     """Thaws the container, then gives its GPU back and checks that every CUDA process runs.
 
-    Can be called again after a failure: what is done already is not done twice. Raises
-    CudaError, lane.NotRefilled, or the inner shim's StatusError.
+    What a failed checkpoint has left in files is filled in before anything runs. Can be called
+    again after a failure: what is done already is not done twice. Raises
+    CudaError, lane.NotRefilled with the container frozen, or the inner shim's StatusError.
     """
     paused = container.status() == messages.PAUSED
-    _make_whole(container)
+    if not container.held:
+        _make_whole(container)
     ended = bool(container.freezer()) and container.has_ended()
     if ended:
         # Nobody else thaws what has ended, and runc deletes nothing that is frozen.
@@ -199,15 +199,35 @@ def resume(container: Container) -> None:
         container.ask("Resume")
         container.phases["thaw"] = _since(began)
         log.info("thawed", id=container.id, phase="thaw", seconds=container.phases["thaw"])
+    if container.held:
+        _fill_in(container)
     if container.suspension is not None:
         failpoint.reach("give-back")
         gpu.resume(container, container.suspension)
     container.forget_pause()
+    _drop_ahead(container)
+
+
+def _fill_in(container: Container) -> None:
+    """Fills in the device memory of a container that runs again. Nobody may be left to ask for it
+    a second time, so that is done here. Raises lane.NotRefilled with the container frozen."""
+    try:
+        try:
+            lane.refill(container)
+        except lane.NotRefilled as error:
+            log.warning("once more", id=container.id, error=error)
+            lane.refill(container)
+    except BaseException:
+        try:
+            container.ask("Pause")
+        except Exception as error:
+            log.error("it runs without all of its device memory", id=container.id, error=error)
+        raise
 
 
 def _make_whole(container: Container) -> None:
-    """Fills in the device memory that a failed checkpoint has left in files only: before anything
-    of the container runs, or is dumped. Raises lane.NotRefilled."""
+    """Fills in the device memory that a failed checkpoint has left in files only, or a good one,
+    before the container is dumped once more. Raises lane.NotRefilled."""
     lane.refill(container)
     if container.kept is not None:
         container.kept.withdraw()
@@ -229,18 +249,21 @@ def abandon(container: Container, why: str, still: Callable[[], bool] = lambda: 
             log.warning(f"{why}; the container runs on", id=container.id)
 
 
-def suspend_and_freeze(container: Container, places: Mapping[str, str] | None = None) -> None:
+def suspend_and_freeze(container: Container, draft: checkpoint_dir.Draft | None) -> None:
     """Asks what stands against it, locks and copies the CUDA processes, freezes the container, and
     looks once more: a process that took up CUDA in between would be dumped with the GPU attached.
-    `places` are those of `Draft.takes_room_in`, None for a Pause alone."""
+    What was copied is written to the draft before the freeze, if there is one."""
     with gpu.helper(container.config) as driver:
-        preflight.before_suspend(container, driver, places or {})
+        preflight.before_suspend(container, driver, draft.takes_room_in if draft else {})
         for _ in range(_ROUNDS):
             failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
             began = time.monotonic()
             frozen = False
             try:
+                if draft is not None:
+                    lane.write_ahead(container, driver, suspension, draft.images)
+                began = time.monotonic()
                 container.meet()
                 failpoint.reach("freeze")
                 journal.note(container, journal.FREEZING)
@@ -256,17 +279,69 @@ def suspend_and_freeze(container: Container, places: Mapping[str, str] | None = 
                 raise
             if not late:
                 container.suspension = suspension or None
-                container.froze_in = container.phases["freeze"] = _since(began)
+                container.phases["freeze"] = _since(began)
+                container.paused_in = {
+                    phase: container.phases[phase]
+                    for phase in ("lane_write", "freeze")
+                    if phase in container.phases
+                }
                 journal.note(container, journal.PAUSED)
                 return
             log.warning("a process took up CUDA during the suspension", id=container.id, pids=late)
             container.ask("Resume")
+            if draft is not None:
+                lane.forget(container, suspension, draft.images)
             if suspension:
                 gpu.resume(container, suspension)
     raise CheckpointError(
         f"container {container.id}: in each of {_ROUNDS} attempts a new CUDA process appeared "
         "between suspending the GPU and freezing; the container runs on unchanged. Try again "
         "when it is not starting processes."
+    )
+
+
+def suspend_and_freeze_ahead(container: Container) -> None:
+    """The same where a Checkpoint is yet to come: into its draft, if it has been announced."""
+    target = announced.directory(container.namespace, container.id)
+    if target:
+        try:
+            key = sealed.key(container.config)
+            container.ahead = checkpoint_dir.Draft.begin(target, key, container.plain_in)
+            _note_begun(container, container.ahead)
+        except (checkpoint_dir.CheckpointDirError, sealed.SealError) as error:
+            log.warning("its Checkpoint is going to fail", id=container.id, error=error)
+    try:
+        suspend_and_freeze(container, container.ahead)
+    except BaseException:
+        _drop_ahead(container)
+        raise
+
+
+def _drop_ahead(container: Container) -> None:
+    """Removes the draft of a Checkpoint that was announced and has not come."""
+    draft, container.ahead = container.ahead, None
+    if draft is not None:
+        _discarded(container, draft)
+
+
+def _begun_ahead(container: Container, target: str) -> checkpoint_dir.Draft | None:
+    """The draft that a Pause has begun for a Checkpoint to `target`. One for another is removed."""
+    draft = container.ahead
+    if draft is None or draft.final != os.path.realpath(target):
+        _drop_ahead(container)
+        return None
+    container.ahead = None
+    return draft
+
+
+def _note_begun(container: Container, draft: checkpoint_dir.Draft) -> None:
+    journal.note(
+        container,
+        journal.BEGUN,
+        draft=draft.path,
+        plain=draft.images if draft.key else None,
+        final=draft.final,
+        checkpoint=None,
     )
 
 
@@ -354,6 +429,7 @@ def _dump(
     def dumped_by(pid: int) -> None:
         journal.note(container, journal.DUMPING, criu=(pid, group.start_time(pid)))
 
+    dumped = False
     algorithm = digests.algorithm(settings)
     digested = ahead.Ahead(draft.path, algorithm)  # where nothing is yet if it is encrypted
     failpoint.reach("dump")
@@ -370,12 +446,14 @@ def _dump(
                 deadline_s=settings.dump_timeout,
                 cancel=container.begin_dump(),
             )
+        dumped = True
     except CriuError as error:
         raise CheckpointError(_explained(container, error, cuda if plugin else [])) from error
     finally:
         container.end_dump()
         lane.moved(container, draft.images)
-        lane.refill(container)
+        if not dumped or wanted.exit or not _held(container):
+            lane.refill(container)
     if work == for_cri:
         for name in ("stats-dump", client.LOG_NAME):  # containerd 2.1.0 to 2.1.8
             try:
@@ -389,6 +467,16 @@ def _dump(
         seconds=round(result.seconds, 3),
         exit=wanted.exit,
     )
+
+
+def _held(container: Container) -> bool:
+    """Whether what is dropped can wait for the thaw."""
+    try:
+        lane.hold(container)
+    except OSError as error:
+        log.warning("device memory is filled in now", id=container.id, reason=error)
+        return False
+    return True
 
 
 def _criu(container: Container, plugin: bool) -> Swrk | Service:
@@ -476,7 +564,7 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
         devices=device_files,
         phases={
             **({"suspend": round(suspension.seconds, 6)} if suspension else {}),
-            "freeze": container.froze_in,
+            **container.paused_in,
             **{
                 phase: round(took, 6)
                 for phase, took in container.phases.items()

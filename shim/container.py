@@ -100,11 +100,12 @@ class Container:
         "_dump_guard",
         "_freezer",
         "_inner",
+        "ahead",
         "bundle",
         "config",
         "criu_version",
-        "froze_in",
         "given",
+        "held",
         "home",
         "id",
         "journal",
@@ -115,6 +116,7 @@ class Container:
         "namespace",
         "orphanable",
         "paused_by",
+        "paused_in",
         "phases",
         "plain",
         "raised_limits",
@@ -157,8 +159,8 @@ class Container:
         """The GPU as given back to the node; None while the container has it, or has none."""
         self.criu_version = ""
         """Of the CRIU that is to dump it, as it said before."""
-        self.froze_in = 0.0
-        """Seconds that the last freeze took, for the manifest."""
+        self.paused_in: dict[str, float] = {}
+        """Seconds that phases of the last pause took, for the manifest."""
         self.paused_by: int | None = None
         """The connection whose Pause has not met its Resume."""
         self.orphanable = False
@@ -167,6 +169,10 @@ class Container:
         """Memory limits to put back when the GPU is: file -> bytes before, and as raised."""
         self.kept: Draft | None = None
         """Of a failed checkpoint: its files are all there is of some device memory."""
+        self.ahead: Draft | None = None
+        """Begun at a Pause, for the Checkpoint that its client has announced."""
+        self.held: dict[str, int] = {}
+        """Open files, by name, that hold device memory the processes lack: shim/lane.py."""
         self.plain: Draft | None = None
         """What it is being restored from, decrypted."""
         self.given: list[Gpu] = []
@@ -270,8 +276,15 @@ class Container:
         paths = self.runc_state().cgroup_paths
         return paths.get("memory") or paths.get("", "")
 
+    def close_held(self) -> None:
+        """The files in `held` are needed no more."""
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+
     def forget_pause(self) -> None:
         """The Pause has met its end: a Resume, or the end of all processes."""
         self.suspension = self.paused_by = None
         self.orphanable = False
+        self.close_held()
         journal.close(self)

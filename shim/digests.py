@@ -53,6 +53,15 @@ def algorithm(settings: GritOptions) -> str:
     return SHA256
 
 
+def fastest() -> str:
+    """The algorithm for what is compared soon, and kept nowhere."""
+    try:
+        _xxhash()
+        return XXH3
+    except Unavailable:
+        return SHA256
+
+
 def take(
     paths: dict[str, tuple[str, int]],
     *,

@@ -21,13 +21,13 @@ CHECKPOINT = (
     "copy",  # only where the driver engine copies device memory
     "freeze",
     "look-again",  # for processes that took up CUDA in between
-    "lane",  # only where device memory is to go past CRIU
+    "lane",  # only where device memory is to go past CRIU; before "freeze" if it was announced
     "drop",  # the same
     "dump",
     "publish",  # under its final name what CRIU has written
     "let-go",  # CRIU of the processes
-    "refill",  # only where memory was dropped
     "thaw",
+    "refill",  # only where memory was dropped; before "thaw" if the dump failed
     "give-back",  # the GPU, where there is one
 )
 RESTORE = ("verify", "create", "fill", "restore", "restore-gpu", "restored")

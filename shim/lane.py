@@ -1,16 +1,21 @@
 """The lane: device memory past CRIU, by many threads at once.
 
 What the driver has copied to the host is most of a GPU container's memory, and CRIU would move it
-with one thread. So, while the container stands frozen:
+with one thread. So:
 
-    write    each such region to files of the draft, `lane-*.img`, synced
+    write    each such region to files of the draft, `lane-*.img`, synced: before the freeze, where
+             it is known by then where the draft is
+    check    once the container is frozen, that what was written before is still what is there
     drop     the regions' pages, so that CRIU finds nothing there
-    refill   what was dropped, before anything of the container runs again; where its processes
-             are to end with the dump, only if that failed
+    refill   what was dropped: after the thaw, or before it where the dump failed; not where the
+             processes have ended with the dump
     fill     the regions of restored processes, which CRIU leaves stopped for as long
 
-Never a byte lost: what is dropped is whole in files that stay until it was filled in again. Where
-the lane cannot be used CRIU moves it all, as without; the log says why.
+The regions appeared while the driver copied and are the driver's: a process whose CUDA calls are
+locked neither reads nor writes there, so it may run meanwhile.
+
+Never a byte lost: what is dropped is whole in files that stay, or are held open, until it was
+filled in again. Where the lane cannot be used CRIU moves it all, as without; the log says why.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
     from shim.container import Container, Restore
     from shim.cuda.driver import Driver
+    from shim.cuda.suspension import Suspension
     from shim.manifest import Manifest
 
 PREFIX = "lane-"
@@ -48,25 +54,61 @@ class NotRefilled(Exception):
         self.fact = fact
 
 
+def write_ahead(
+    container: Container, driver: Driver, suspension: Suspension, directory: str
+) -> None:
+    """Writes the device memory of a container that still runs, its GPU suspended, as far as that is
+    worth it; whatever goes wrong is left to `write_and_drop`.
+
+    Raises patience.DiskHangs if nothing can be put into the directory."""
+    took = _worth_it(container, suspension)
+    if not took:
+        return
+    try:
+        _write(container, driver, took, directory)
+    except (CudaError, OSError, failpoint.Reached) as error:
+        log.warning(
+            "device memory was not written before the freeze", id=container.id, reason=error
+        )
+        forget(container, suspension, directory)
+
+
+def forget(container: Container, suspension: Suspension, directory: str) -> None:
+    """Takes back what `write_ahead` did. Raises patience.DiskHangs."""
+    _begin_anew(suspension)
+    patience.within(
+        container.config.dump_timeout,
+        f"{directory}: the lane's files were not removed",
+        lambda: _remove(directory),
+    )
+
+
+def begin_anew(container: Container) -> None:
+    """What was written was for another checkpoint, or a draft that is no more. Nothing must be
+    dropped."""
+    if container.suspension:
+        _begin_anew(container.suspension)
+
+
+def _begin_anew(suspension: Suspension) -> None:
+    for process in suspension.processes:
+        process.lane = []
+
+
 def write_and_drop(container: Container, directory: str) -> dict[str, str]:
     """Takes the device memory out of the frozen container's processes and into `directory`, as far
-    as that is worth it and can be done. The digests of the files by name.
+    as that is worth it, can be done, and was not before. The digests of the files by name.
 
     Raises NotRefilled if a process was left without some of its memory, which is in the files;
     patience.DiskHangs if nothing can be put into the directory."""
-    suspended = container.suspension
-    if suspended is None or suspended.engine != "driver" or container.config.lane == "off":
-        return {}
-    took = [one for one in suspended.processes if _regions(one, container.config.lane_from)]
+    took = _worth_it(container, container.suspension)
     if not took:
         return {}
-    began = time.monotonic()
-    failpoint.reach("lane")
     with gpu.helper(container.config) as driver:
         try:
-            for process in took:
-                process.lane = _written(container, driver, process, directory)
-            written = round(time.monotonic() - began, 6)
+            _check(container, driver, took, directory)
+            _write(container, driver, [one for one in took if not one.lane], directory)
+            began = time.monotonic()
             failpoint.reach("drop")
             journal.note(container, journal.DROPPING)
             for process in took:
@@ -86,25 +128,16 @@ def write_and_drop(container: Container, directory: str) -> dict[str, str]:
             # A helper that was given up may have left it thawed, and files of no process.
             freezer.put_back(container.freezer(), freezer.FROZEN, _FREEZE_SECONDS)
             refill(container)
-            for process in took:
-                process.lane = []
-            patience.within(
-                container.config.dump_timeout,
-                f"{directory}: the lane's files were not removed",
-                lambda: _remove(directory),
-            )
+            assert container.suspension is not None
+            forget(container, container.suspension, directory)
             return {}
-    size = sum(shard.size for process in took for shard in process.lane)
-    container.phases |= {"lane_write": written, "lane_drop": time.monotonic() - began - written}
-    container.sizes["lane"] = size
+    container.phases["lane_drop"] = time.monotonic() - began
+    container.sizes["lane"] = sum(shard.size for process in took for shard in process.lane)
     log.info(
-        "device memory written past CRIU",
+        "device memory dropped: CRIU is not to see it",
         id=container.id,
         phase="lane",
-        bytes=size,
-        files=sum(len(process.lane) for process in took),
-        write=round(written, 3),
-        drop=round(time.monotonic() - began - written, 3),
+        seconds=round(container.phases["lane_drop"], 3),
     )
     return {shard.name: shard.digest for process in took for shard in process.lane}
 
@@ -115,14 +148,27 @@ def moved(container: Container, directory: str) -> None:
         process.dropped_to = directory
 
 
+def hold(container: Container) -> None:
+    """Opens the files of what is dropped, so that they can be filled in whatever becomes of them
+    while the container waits for its Resume. Raises OSError, with none open."""
+    try:
+        for process in _dropped(container):
+            for shard in process.lane:
+                path = os.path.join(process.dropped_to, shard.name)
+                container.held[shard.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        container.close_held()
+        raise
+
+
 def is_dropped(container: Container) -> bool:
     """Whether some process lacks memory that is in files."""
     return bool(_dropped(container))
 
 
 def refill(container: Container) -> None:
-    """Puts back what was dropped; nothing, if nothing was. To be called before a thaw; can be
-    called again. Raises NotRefilled."""
+    """Puts back what was dropped; nothing, if nothing was. Can be called again. Raises
+    NotRefilled."""
     dropped = _dropped(container)
     if not dropped:
         return
@@ -136,15 +182,19 @@ def refill(container: Container) -> None:
                 continue
             try:
                 directory, algorithm = process.dropped_to, digests.algorithm(container.config)
-                _filled(container, driver, process, directory, algorithm, fresh=False)
+                _filled(container, driver, process, directory, algorithm, held=container.held)
             except (CudaError, OSError) as error:
+                where = f"{process.dropped_to}/{PREFIX}*"
+                if container.held:
+                    where += f", which this shim (pid {os.getpid()}) holds open,"
                 raise NotRefilled(
                     f"container {container.id}: the device memory of {process} is in "
-                    f"{process.dropped_to}/{PREFIX}* and not in the process: {error}",
+                    f"{where} and not in the process: {error}",
                     "The container must not run like this, and stays frozen. Remove the cause and "
                     f"resume it: ctr -n {container.namespace} task resume {container.id}",
                 ) from error
             process.dropped_to = ""
+    container.close_held()
     _log_filled("device memory filled in again", container, began)
 
 
@@ -160,7 +210,7 @@ def fill_restored(container: Container, found: Restore) -> None:
             if process is not None:
                 process.pid = pid
                 algorithm = found.manifest.files[process.lane[0].name].algorithm
-                _filled(container, driver, process, found.images, algorithm, fresh=True)
+                _filled(container, driver, process, found.images, algorithm)
     if wanted:
         lost = ", ".join(map(str, wanted.values()))
         raise CudaError(f"{lost}: not among the restored processes", {})
@@ -250,6 +300,52 @@ def _dropped(container: Container) -> list[Process]:
     return [process for process in processes if process.dropped_to]
 
 
+def _worth_it(container: Container, suspension: Suspension | None) -> list[Process]:
+    """The processes with memory for the lane."""
+    if suspension is None or suspension.engine != "driver" or container.config.lane == "off":
+        return []
+    least = container.config.lane_from
+    return [one for one in suspension.processes if one.lane or _regions(one, least)]
+
+
+def _write(container: Container, driver: Driver, took: list[Process], directory: str) -> None:
+    if not took:
+        return
+    began = time.monotonic()
+    failpoint.reach("lane")
+    for process in took:
+        process.lane = _written(container, driver, process, directory)
+    container.phases["lane_write"] = round(time.monotonic() - began, 6)
+    log.info(
+        "device memory written past CRIU",
+        id=container.id,
+        phase="lane",
+        bytes=sum(shard.size for process in took for shard in process.lane),
+        files=sum(len(process.lane) for process in took),
+        seconds=round(container.phases["lane_write"], 3),
+    )
+
+
+def _check(container: Container, driver: Driver, took: list[Process], directory: str) -> None:
+    """Whether what was written before the freeze is what is there. Raises CudaError or OSError:
+    then CRIU is to move it, who reads it now."""
+    before = [process for process in took if process.lane]
+    if not before:
+        return
+    began = time.monotonic()
+    for process in before:
+        for shard in process.lane:
+            os.stat(os.path.join(directory, shard.name))
+        for shards in _ranges(process.lane):
+            driver.lane_check(
+                process.pid,
+                shards,
+                threads=gpu.threads(container.config),
+                timeout=container.config.dump_timeout,
+            )
+    container.phases["lane_check"] = round(time.monotonic() - began, 6)
+
+
 def _regions(process: Process, least: int) -> list[tuple[int, int]]:
     """What is worth a file of its own."""
     found = discovery.anonymous_memory(process.pid)
@@ -290,17 +386,23 @@ def _filled(
     process: Process,
     directory: str,
     algorithm: str,
-    *,
-    fresh: bool,
+    held: dict[str, int] | None = None,
 ) -> None:
+    """`held` are those of the files that are open, by name; None where the memory is that of a new
+    process."""
     for shards in _ranges(process.lane):
+        names = shards
+        if held:
+            directory = f"/proc/{os.getpid()}/fd"
+            names = [Shard(str(held[s.name]), s.start, s.size, s.digest) for s in shards]
         driver.lane_fill(
             process.pid,
             shards[0].start,
             directory,
-            shards,
+            names,
             threads=gpu.threads(container.config),
-            fresh=fresh,
+            fresh=held is None,
+            held=bool(held),
             algorithm=algorithm,
             timeout=container.config.dump_timeout,
         )

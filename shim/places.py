@@ -22,6 +22,10 @@ INTENTS = "/run/containerd/grit-intents"
 """What the node's agent and the shims tell each other of Restores (shim/intents.py). The agent
 makes it, root's alone; without an agent it is not there."""
 
+ANNOUNCED = "/run/containerd/grit-announced"
+"""Where clients say, before a Pause, which image directory its Checkpoint is going to name
+(shim/announced.py)."""
+
 FAILURES = "/var/log/containerd-shim-grit"
 """CRIU's logs of failed restores: the bundle that held them goes with the task."""
 

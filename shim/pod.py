@@ -275,7 +275,7 @@ def _suspend_then_freeze(members: list[Container]) -> dict[str, Exception]:
 
         alone, one.meet = one.meet, meet
         try:
-            checkpoint.suspend_and_freeze(one)
+            checkpoint.suspend_and_freeze_ahead(one)
         except Exception as error:
             failures[one.id] = error
             journal.close(one)

@@ -213,9 +213,11 @@ class Tasks:
             self._pod.forget(one)
             watchdog.stop(one)
             _drop_plain(one)  # it was never started
+            one.close_held()
             journal.close(one)
-            if one.kept:
-                one.kept.discard()  # nobody is left to fill in what it has
+            for draft in (one.kept, one.ahead):
+                if draft:
+                    draft.discard()  # nobody is left to fill in what it has, or to have it
         group.remove_task(self._home, request.id)
         return reply
 

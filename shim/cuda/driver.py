@@ -154,6 +154,7 @@ class Driver:
         fresh: bool,
         algorithm: str,
         timeout: float,
+        held: bool = False,
     ) -> None:
         """lane.fill in a helper, within `timeout` seconds of it being up. `shards` are all of a
         range's, in order.
@@ -166,9 +167,16 @@ class Driver:
             "shards": [shard.plain() for shard in shards],
             "threads": threads,
             "fresh": fresh,
+            "held": held,
             "algorithm": algorithm,
         }
         self._move("lane_fill", pid, given, timeout)
+
+    def lane_check(self, pid: int, shards: list[Shard], *, threads: int, timeout: float) -> None:
+        """lane.check in a helper. Raises as lane_write does; LaneError, too, where the memory has
+        changed."""
+        given = {"shards": [shard.whole() for shard in shards], "threads": threads}
+        self._move("lane_check", pid, given, timeout)
 
     def lane_drop(
         self, group: str, ranges: list[tuple[int, int, int]], *, threads: int, timeout: float

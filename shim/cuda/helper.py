@@ -114,12 +114,16 @@ def _move(action: str, pid: int, argument: str) -> str:
     from shim.cuda.shards import Shard
 
     given = json.loads(argument)
+    if "shards" in given:
+        given["shards"] = [Shard(*plain) for plain in given["shards"]]
     match action:
         case "lane_write":
             made = lane.write(pid, **given)
-            return json.dumps([shard.plain() for shard in made], separators=(",", ":"))
+            return json.dumps([shard.whole() for shard in made], separators=(",", ":"))
+        case "lane_check":
+            lane.check(pid, **given)
         case "lane_fill":
-            lane.fill(pid, **{**given, "shards": [Shard(*plain) for plain in given["shards"]]})
+            lane.fill(pid, **given)
         case "lane_drop":
             lane.drop(**given)
         case _:

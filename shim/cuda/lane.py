@@ -69,9 +69,7 @@ def write(
                     fd = os.open(shard.name, _NEW, 0o600, dir_fd=place)
                     made.append(shard.name)
                     try:
-                        shard.digest = _write_shard(
-                            libc, pid, pagemap, shard, fd, direct, algorithm
-                        )
+                        _write_shard(libc, pid, pagemap, shard, fd, direct, algorithm)
                     finally:
                         os.close(fd)
                 except OSError as error:
@@ -95,20 +93,25 @@ def write(
 
 def _write_shard(
     libc: Any, pid: int, pagemap: int | None, shard: Shard, fd: int, direct: bool, algorithm: str
-) -> str:
+) -> None:
+    """Notes both digests in it."""
     stream = digests.Stream(algorithm)
+    quick = digests.fastest()
+    seen = stream if quick == algorithm else digests.Stream(quick)
     if direct:
         direct = _bypass_cache(fd, True)
     os.ftruncate(fd, shard.size)
     address, buffer = _buffer()
     for at in range(0, shard.size, _CHUNK):
         size = min(_CHUNK, shard.size - at)
-        chunk = buffer[:size]
-        if pagemap is not None and _present(pagemap, shard.start + at, size) == 0:
-            stream.update(_ZEROS[:size])
-            continue
-        _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
-        if not _is_zero(libc, address, size):
+        absent = pagemap is not None and _present(pagemap, shard.start + at, size) == 0
+        chunk = _ZEROS[:size] if absent else buffer[:size]
+        if not absent:
+            _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
+        stream.update(chunk)
+        if seen is not stream:
+            seen.update(chunk)
+        if not absent and not _is_zero(libc, address, size):
             try:
                 offsets.write(fd, chunk, at)
             except OSError as error:
@@ -118,9 +121,33 @@ def _write_shard(
                 offsets.write(fd, chunk, at)
             if not direct:
                 libc.sync_file_range(fd, at, size, _SYNC_WRITE)  # a hint: fsync is what counts
-        stream.update(chunk)
     os.fsync(fd)
-    return stream.hexdigest()
+    shard.digest, shard.seen = stream.hexdigest(), seen.hexdigest()
+
+
+def check(pid: int, shards: list[Shard], *, threads: int) -> None:
+    """Looks whether the memory still is what was written of it. Raises LaneError where it is not,
+    or is not there."""
+    libc: Any = ffi.dlopen(None)
+
+    def one(shard: Shard) -> None:
+        stream = digests.Stream(digests.fastest())
+        address, buffer = _buffer()
+        with _opened_pagemap(pid, shard.start, shard.start + shard.size) as pagemap:
+            for at in range(0, shard.size, _CHUNK):
+                size = min(_CHUNK, shard.size - at)
+                if pagemap is not None and _present(pagemap, shard.start + at, size) == 0:
+                    stream.update(_ZEROS[:size])
+                    continue
+                _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
+                stream.update(buffer[:size])
+        if stream.hexdigest() != shard.seen:
+            raise LaneError(
+                f"pid {pid}: the memory at {shard.start:x} has changed since it was written to "
+                f"{shard.name}"
+            )
+
+    digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
 
 
 def fill(
@@ -132,19 +159,21 @@ def fill(
     threads: int,
     fresh: bool,
     algorithm: str,
+    held: bool = False,
 ) -> None:
     """Writes the files' contents into a process, the first one's to `start`, the others' as far
     behind it as they were. With `fresh` the memory there is known to be empty, so that zeros need
-    not be written.
+    not be written. With `held` the directory is somebody's /proc/PID/fd, whose names are links.
 
     Raises LaneError, also for a file whose contents are not those that were written: the memory
     is then not to be used, and can be filled again."""
     libc = ffi.dlopen(None)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if held else os.O_NOFOLLOW)
 
     def one(shard: Shard) -> None:
         path = os.path.join(directory, shard.name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, flags)
             try:
                 to = start + shard.start - shards[0].start
                 digest = _fill_shard(libc, pid, to, shard, fd, fresh, algorithm)

@@ -13,19 +13,26 @@ _MOST = 256
 
 class Shard:
     """One file: its `name`, the address its first byte had, its `size` in bytes, and its `digest`
-    in hex, as digests.take would have it."""
+    in hex, as digests.take would have it. `seen` is a digest of the memory as it was written, by
+    the fastest algorithm there is: for whoever has just written it to see whether it has changed
+    since, and no part of a checkpoint."""
 
-    __slots__ = ("digest", "name", "size", "start")
+    __slots__ = ("digest", "name", "seen", "size", "start")
 
-    def __init__(self, name: str, start: int, size: int, digest: str = "") -> None:
+    def __init__(self, name: str, start: int, size: int, digest: str = "", seen: str = "") -> None:
         self.name, self.start, self.size, self.digest = name, start, size, digest
+        self.seen = seen
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r}, {self.start:#x}, {self.size}, {self.digest!r})"
 
     def plain(self) -> list[str | int]:
-        """What JSON can hold; `Shard(*plain)` is the shard again."""
+        """What JSON can hold; `Shard(*plain)` is the shard again, but for `seen`."""
         return [self.name, self.start, self.size, self.digest]
+
+    def whole(self) -> list[str | int]:
+        """The same, with `seen`."""
+        return [*self.plain(), self.seen]
 
 
 def cut(start: int, end: int, prefix: str, threads: int) -> list[Shard]:

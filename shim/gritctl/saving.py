@@ -22,8 +22,9 @@ import json
 import os
 import shutil
 import time
+from contextlib import ExitStack
 
-from shim import checkpoint_dir, config, messages, signing
+from shim import announced, checkpoint_dir, config, messages, signing
 from shim.checkpoint_dir import CheckpointDirError, ForeignCheckpoint
 from shim.gritctl import containerd as api
 from shim.gritctl import messages as m
@@ -119,7 +120,7 @@ class Saving:
                 lease = self._begin_lease()
                 if self.elsewhere:
                     self.elsewhere.follow(draft.path)
-                self._suspend()
+                self._suspend(draft)
                 for target in self.targets:
                     self._dump(target, self._place(draft, target), lease)
                 for target in self.targets:
@@ -150,18 +151,25 @@ class Saving:
 
     # --- the phases -----------------------------------------------------------------------
 
-    def _suspend(self) -> None:
+    def _suspend(self, draft: checkpoint_dir.Draft) -> None:
         """All containers of a pod at the same time: what they say to each other must fit."""
         self._paused = [one for one in self.targets if one.task.status == m.RUNNING]
         before = self._anonymous(self._paused)
-        with self.display.phase(self._all(), "suspend") as phase:
+        with ExitStack() as announcements, self.display.phase(self._all(), "suspend") as phase:
+            for one in self._paused:
+                place = self._place(draft, one)
+                os.makedirs(place, mode=0o700, exist_ok=True)
+                images = os.path.join(place, checkpoint_dir.IMAGES)
+                announcements.enter_context(
+                    announced.announcing(self.containerd.namespace, one.id, images)
+                )
             for one in self._paused:
                 self._pausing.append(self._ask("Pause", one))
             self._wait(self._pausing, phase, lambda: max(0, self._anonymous(self._paused) - before))
 
     def _dump(self, target: Target, place: str, lease: str) -> None:
         images = os.path.join(place, checkpoint_dir.IMAGES)
-        os.makedirs(place, mode=0o700, exist_ok=True)
+        os.makedirs(place, mode=0o700, exist_ok=True)  # unless it had been paused
         options = messages.CheckpointOptions(image_path=images)
         request = m.CheckpointTask(
             container_id=target.id,

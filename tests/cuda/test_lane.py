@@ -473,3 +473,52 @@ def test_a_range_of_any_size_is_cut_whole_and_into_files_that_can_be_told(gib: i
     for shard in shards:
         shard.digest = "f" * 64
     assert len(json.dumps([shard.plain() for shard in shards])) < 50_000
+
+
+@pytest.mark.parametrize("algorithm", [digests.XXH3, digests.SHA256])
+def test_memory_that_is_as_it_was_written(
+    driver: Driver, child: Child, write: Write, algorithm: str
+) -> None:
+    driver.lane_check(child.pid, write(algorithm=algorithm), threads=2, timeout=60)
+
+
+@pytest.mark.parametrize("at", [0, HOLE[0], ZEROS[0], SIZE - 1], ids=hex)
+def test_memory_that_has_changed_since(driver: Driver, child: Child, write: Write, at: int) -> None:
+    shards = write()
+    child.ask(f"memory.__setitem__({at}, memory[{at}] ^ 1)")
+    changed = next(s for s in shards if s.start <= child.start + at < s.start + s.size)
+    with pytest.raises(LaneError, match=f"at {changed.start:x} has changed since"):
+        driver.lane_check(child.pid, shards, threads=2, timeout=60)
+
+
+def test_memory_that_is_gone_since(driver: Driver, child: Child, write: Write) -> None:
+    shards = write()
+    child.kill()
+    with pytest.raises(LaneError, match="has ended"):
+        driver.lane_check(child.pid, shards, threads=2, timeout=60)
+
+
+def test_filled_from_files_that_are_held_open(
+    driver: Driver, child: Child, write: Write, tmp_path: Path
+) -> None:
+    before = child.ask("digest()")
+    shards = write()
+    held = {s.name: os.open(tmp_path / s.name, os.O_RDONLY) for s in shards}
+    for shard in shards:
+        (tmp_path / shard.name).unlink()
+    child.ask("memory.__setitem__(slice(0, 99), bytes(99))")
+    assert child.ask("digest()") != before
+    driver.lane_fill(
+        child.pid,
+        child.start,
+        f"/proc/{os.getpid()}/fd",
+        [Shard(str(held[s.name]), s.start, s.size, s.digest) for s in shards],
+        threads=2,
+        fresh=False,
+        held=True,
+        algorithm=digests.XXH3,
+        timeout=60,
+    )
+    for fd in held.values():
+        os.close(fd)
+    assert child.ask("digest()") == before

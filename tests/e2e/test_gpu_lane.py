@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shim import announced, places
 from shim.criu_bridge import images as criu_images
+from shim.cuda import discovery
 from shim.ttrpc import StatusError
 from tests.e2e.failpoints import held, told
 from tests.e2e.faults import Direct, checkpointing
@@ -111,22 +116,42 @@ def test_ends_and_comes_back(gpu_node: Place, start_job: StartJob, images: str) 
 
 
 @on_forky
-def test_what_could_not_be_filled_in_is_by_the_resume(
+def test_what_could_not_be_filled_in_is_by_the_next_resume(
     gpu_node: Place, start_job: StartJob, images: str
 ) -> None:
-    """The files are all there is of the memory: they are kept until then."""
+    """Until then the container stands still: nothing of it is to find out. Its files are held
+    open, whoever removes them."""
     node, _ = gpu_node
     configure(node, **SETTINGS)
     job = start_job(runtime=honouring(node))
     before = job.next_report()
-    with told(node, "refill", "raise"):
+    with Direct(job) as shim:
+        shim.call("Pause")
+        shim.checkpoint(images)
+        shutil.rmtree(node.path(images))
+        with told(node, "refill", "raise"), pytest.raises(StatusError, match="failpoint"):
+            shim.call("Resume")
+        assert job.status() == "PAUSED"
+        shim.call("Resume")
+    go_on(before, job.next_report())
+    job.checkpoint_task(images)
+    go_on(before, job.next_report())
+
+
+@on_forky
+def test_what_a_failed_dump_left_is_filled_in_by_the_resume(
+    gpu_node: Place, start_job: StartJob, images: str
+) -> None:
+    """The files are all there is of the memory: the draft is kept until then."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    with told(node, "publish", "raise"), told(node, "refill", "raise"):
         done = job.checkpoint_task(images, check=False)  # ctr resumes, whatever came of it
     assert done.returncode != 0
     go_on(before, job.next_report())
     assert [entry.name for entry in node.path(images).parent.iterdir()] == []
-    job.remove_checkpoints()
-    job.checkpoint_task(images)
-    go_on(before, job.next_report())
 
 
 @on_forky
@@ -140,15 +165,112 @@ def test_what_could_not_be_filled_in_is_before_the_next_dump(
     before = job.next_report()
     with Direct(job) as shim:
         shim.call("Pause")
+        shim.checkpoint(f"{images}-before")
         with told(node, "refill", "raise"), pytest.raises(StatusError, match="stays paused"):
             shim.checkpoint(f"{images}-failed")
         shim.checkpoint(images)
+        job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
         shim.call("Resume")
     go_on(before, job.next_report())
-    assert not node.path(f"{images}-failed").exists()
-    job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+    left = {entry.name for entry in node.path(images).parent.iterdir()}
+    assert left == {"checkpoint", "checkpoint-before", "rootfs-diff.tar"}
     job.end()
     go_on(before, restored_by_annotation(start_job, images).next_report())
+
+
+@pytest.fixture
+def announcing(
+    gpu_node: Place, images: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Job], contextlib.AbstractContextManager[None]]:
+    """That a client in the node has a checkpoint of a job in mind, to `images`."""
+    node, _ = gpu_node
+    monkeypatch.setattr(places, "ANNOUNCED", str(node.path(places.ANNOUNCED)))
+    return lambda job: announced.announcing("default", job.name, images)
+
+
+@on_13
+def test_written_before_the_freeze_where_it_is_announced(
+    gpu_node: Place, start_job: StartJob, images: str, announcing: Callable[..., Any]
+) -> None:
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job("--procs", "ctx,ctx", runtime=honouring(node))
+    before = job.next_report()
+    with Direct(job) as shim, ThreadPoolExecutor(1) as calls:
+        with announcing(job), held(node, "lane") as lane:
+            pause = calls.submit(shim.call, "Pause")
+            lane.reached()
+            assert job.status() == "RUNNING"
+            lane.go_on()
+            pause.result(60)
+        shim.checkpoint(images)
+        job.save_rootfs(images.replace("/checkpoint", "/rootfs-diff.tar"))
+        with held(node, "refill") as refill:
+            resume = calls.submit(shim.call, "Resume")
+            refill.reached()
+            assert job.status() == "RUNNING"
+            refill.go_on()
+            resume.result(60)
+    go_on(before, job.next_report())
+    assert {"lane_write", "lane_check"} <= manifest(node, images)["phases"].keys()
+    assert lane_bytes(node, images) >= 3 * 4 * MIB
+    job.end()
+    go_on(before, restored_by_annotation(start_job, images).next_report())
+
+
+@on_13
+def test_what_has_changed_since_it_was_written_is_moved_by_criu(
+    gpu_node: Place, start_job: StartJob, images: str, announcing: Callable[..., Any]
+) -> None:
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    job.next_report()
+    with Direct(job) as shim:
+        with announcing(job):
+            shim.call("Pause")
+        (draft,) = node.path(images).parent.iterdir()
+        shard = max(draft.glob("lane-*"), key=lambda path: path.stat().st_size)
+        data, found = shard.read_bytes(), 0
+        for start, end in discovery.anonymous_memory(job.pid()):
+            if end - start >= len(data):
+                with open(f"/proc/{job.pid()}/mem", "r+b", buffering=0) as memory:
+                    memory.seek(start)
+                    if memory.read(len(data)) == data:
+                        memory.seek(start + len(data) - 1)
+                        memory.write(bytes([data[-1] ^ 1]))
+                        found += 1
+        assert found
+        shim.checkpoint(images)
+        shim.call("Resume")
+    assert "has changed since it was written" in node.containerd_log()
+    assert not list(node.path(images).glob("lane-*"))
+
+
+@on_13
+def test_what_was_announced_and_never_came_leaves_nothing(
+    gpu_node: Place, start_job: StartJob, images: str, announcing: Callable[..., Any]
+) -> None:
+    """Neither where no Checkpoint follows, nor where it names another directory."""
+    node, _ = gpu_node
+    configure(node, **SETTINGS)
+    job = start_job(runtime=honouring(node))
+    before = job.next_report()
+    beside = node.path(images).parent
+    with Direct(job) as shim:
+        for other in ("", f"{images}-other"):
+            with announcing(job):
+                shim.call("Pause")
+            (draft,) = beside.iterdir()
+            assert list(draft.glob("lane-*"))
+            if other:
+                shim.checkpoint(other)
+            shim.call("Resume")
+            go_on(before, job.next_report())
+            assert [entry.name for entry in beside.iterdir()] == [
+                os.path.basename(name) for name in (other,) if name
+            ]
+    assert lane_bytes(node, f"{images}-other") >= 4 * MIB
 
 
 @on_13

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.nodes.node import Node
     from tests.simgpu.simgpu import Report
 
-WHOLE = ("let-go", "refill", "thaw", "give-back")
+WHOLE = ("let-go", "thaw", "refill", "give-back")
 """When the checkpoint lies under its final name."""
 
 NOTED = {
@@ -41,9 +41,9 @@ NOTED = {
     "dump": "dropping device memory that is in files",
     "publish": "dumping",
     "let-go": "publishing",
-    "refill": "published",
     "thaw": "paused",
-    "give-back": "thawing",
+    "refill": "thawing",
+    "give-back": "filling device memory in again",
     "verify": "",
     "create": "",
     "fill": "",

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from tests.e2e.failpoints import Held
     from tests.matrix.cell import Cell
 
-AFTER = ("let-go", "refill", "thaw", "give-back")
+AFTER = ("let-go", "thaw", "refill", "give-back")
 """Phases of a checkpoint that begin when it is whole already."""
 
-MENDED = ("thaw", "give-back")
+MENDED = ("thaw", "refill", "give-back")
 """Phases whose failure the shim tells and leaves to the next Resume."""
 
 IN_CREATE = ("verify", "create", "fill")
 IN_START = ("restore", "restore-gpu", "restored")
 """Phases of a restore, by the call that they are in."""
 
-PASSED_OVER = ("drop",)
-"""Without the lane, CRIU moves the memory."""
+PASSED_OVER = ("lane", "drop")
+"""What was not written before the freeze is after it; without the lane, CRIU moves the memory."""
 
 
 def strike(cell: Cell, sig: signal.Signals) -> None:

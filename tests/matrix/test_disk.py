@@ -85,7 +85,7 @@ def test_failing_disk_in_a_refill(cell: Cell) -> None:
         assert cell.box.status() == m.PAUSED
         disk.mend()
         cell.box.begin("Resume").result()
-        came = cell.alive(whole=False, images=IMAGES)
+        came = cell.alive(whole=True, images=IMAGES)
     cell.came("read fails with EIO", "checkpoint", "refill", f"{came} once it can be read")
 
 
@@ -212,7 +212,7 @@ def test_disk_hung_for_good_in_a_refill(cell: Cell) -> None:
         assert cell.box.status() == m.PAUSED
         disk.mend()
         cell.box.begin("Resume").result()
-        came = cell.alive(whole=False, images=IMAGES)
+        came = cell.alive(whole=True, images=IMAGES)
     cell.came("disk hung past the deadline", "checkpoint", "refill", f"{came} once it can be read")
 
 

@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 
 def helper(cell: Cell) -> int:
-    """The pid on the host of the one helper that there is."""
-    (pid,) = helpers(cell.node)
-    return cell.node.host_pid(pid)
+    """The pid on the host of the helper that moves memory, the younger one if there are two."""
+    return cell.node.host_pid(max(helpers(cell.node)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_helper_writes(cell: Cell, fault: str) -> None:
-    """CRIU moves the memory then."""
+    """It is written once more, when the container is frozen."""
     configure(cell.node, lane_from=4096, dump_timeout=2)
     cell.restart()
     with mounted(cell.node) as disk:
@@ -35,7 +34,6 @@ def test_helper_writes(cell: Cell, fault: str) -> None:
             disk.mend()
             told = client.result(60)
         assert told == ""
-        assert not list(cell.node.path(IMAGES).glob("lane-*"))
         cell.came(f"helper {fault}", "checkpoint", "lane", cell.alive(whole=True, images=IMAGES))
 
 
@@ -55,8 +53,7 @@ def test_helper_drops(cell: Cell, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_helper_fills_in_again(cell: Cell, fault: str) -> None:
-    """The checkpoint is taken back, and the memory filled in by another helper, before anything
-    runs."""
+    """Another helper does it."""
     configure(cell.node, lane_from=4096, dump_timeout=4)
     cell.restart()
     with mounted(cell.node) as disk:
@@ -65,9 +62,8 @@ def test_helper_fills_in_again(cell: Cell, fault: str) -> None:
         with struck(helper(cell), fault):
             disk.mend()
             told = client.result(60)
-        assert "is in" in told and "filled in again since; the container runs on" in told
-        assert "stays frozen" not in told
-        came = cell.alive(whole=False, images=IMAGES)
+        assert told == ""
+        came = cell.alive(whole=True, images=IMAGES)
     cell.came(f"helper {fault}", "checkpoint", "refill", came)
 
 
