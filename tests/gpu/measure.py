@@ -9,18 +9,21 @@ import json
 import re
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from shim import announced
 from tests.gpu.job import Job
 
 Row = dict[str, Any]
-_PHASES = ("suspend", "freeze", "lane_write", "lane_drop", "dump", "checksums")
+_PHASES = ("suspend", "lane_write", "freeze", "lane_check", "lane_drop", "dump", "checksums")
 _FIELD = re.compile(r'([\w.]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
 
 
 class Frozen(threading.Thread):
-    """Watches a container's cgroup: `seconds` is how long it stood frozen."""
+    """Watches a container's cgroup: `seconds` is how long it stood frozen, from the first moment to
+    the last: where it is thawed in between, its threads are held by ptrace."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(daemon=True)
@@ -35,12 +38,9 @@ class Frozen(threading.Thread):
                 frozen = "frozen 1" in self._events.read_text()
             except OSError:  # the container has ended
                 return
-            now = time.monotonic()
-            if frozen and not since:
-                since = now
-            elif not frozen and since:
-                self.seconds += now - since
-                since = 0.0
+            if frozen:
+                since = since or time.monotonic()
+                self.seconds = time.monotonic() - since
 
     def __enter__(self) -> Frozen:
         self.start()
@@ -51,10 +51,12 @@ class Frozen(threading.Thread):
         self.join()
 
 
-def checkpoint(job: Job, images: str) -> Row:
-    """Checkpoints a running job, which goes on; the figures of that."""
+def checkpoint(job: Job, images: str, *, announce: bool = False) -> Row:
+    """Checkpoints a running job, which goes on; the figures of that. With `announce` the client
+    says beforehand where to, as gritctl does."""
     begun, lines = time.monotonic(), len(job.lines())
-    with Frozen(job) as frozen:
+    word = announced.announcing("default", job.name, images) if announce else nullcontext()
+    with Frozen(job) as frozen, word:
         job.checkpoint(images)
         seconds = time.monotonic() - begun
         job.next()

@@ -26,6 +26,7 @@ _TITLES = {
     "copy": "copy",
     "freeze": "freeze",
     "lane_write": "lane: write",
+    "lane_check": "lane: check",
     "lane_drop": "lane: drop",
     "dump": "dump",
     "checksums": "checksums",

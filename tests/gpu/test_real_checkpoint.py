@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from tests.gpu.results import Results
 
 
-def there_and_back(job: Job, images: str) -> measure.Row:
+def there_and_back(job: Job, images: str, *, announce: bool = False) -> measure.Row:
     """Checkpoint, the job goes on, kill, restore, the job goes on."""
     before = job.next()
-    row = measure.checkpoint(job, images)
+    row = measure.checkpoint(job, images, announce=announce)
     same(before, job.next())
     lines = len(job.lines())
     job.end()

@@ -59,6 +59,22 @@ def test_there_and_back(
     assert _in_lane(images) == (not settings.keys() & {"lane", "engine"})
 
 
+@pytest.mark.parametrize("megabytes", [2048, 16384])
+def test_announced(
+    machine: Machine,
+    job: Callable[..., Job],
+    images: str,
+    results: Results,
+    huge_pages: str,
+    megabytes: int,
+) -> None:
+    """Written before the freeze."""
+    machine.configure(lock_timeout=30)
+    row = there_and_back(job("hold.py", str(megabytes)), images, announce=True)
+    results.row(f"{megabytes} MiB, goes on, announced, huge pages {huge_pages}", row)
+    assert row["lane_check"]
+
+
 @SIZES
 def test_ended_by_the_dump(
     machine: Machine,
