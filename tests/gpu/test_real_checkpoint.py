@@ -85,6 +85,7 @@ def test_counter(
         ("plugin", 8192),
         ("driver", 16384),
         ("driver", 61440),
+        ("plugin", 61440),
     ],
 )
 def test_sizes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import pytest
 
 from tests.gpu import measure
 from tests.gpu.job import same, until
+from tests.gpu.machine import HOME
 from tests.gpu.test_real_checkpoint import there_and_back
 
 if TYPE_CHECKING:
@@ -73,6 +75,22 @@ def test_announced(
     row = there_and_back(job("hold.py", str(megabytes)), images, announce=True)
     results.row(f"{megabytes} MiB, goes on, announced, huge pages {huge_pages}", row)
     assert row["lane_check"]
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
+def test_to_the_disk(
+    machine: Machine, job: Callable[..., Job], results: Results, direct: bool
+) -> None:
+    """Not to a tmpfs, as all others: `images` of its own."""
+    machine.configure(lock_timeout=30, lane_direct=direct)
+    place = HOME / "disk"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        row = there_and_back(job("hold.py", "8192"), str(place / "checkpoint"), announce=True)
+    finally:
+        shutil.rmtree(place)
+    results.row(f"8192 MiB, goes on, to the disk, lane_direct = {direct}", row)
 
 
 @SIZES
