@@ -31,7 +31,7 @@ collect_ignore_glob = [] if HERE else ["test_real_*.py"]
 if HERE and kube_kit.there():
     kube_kit.install()
 else:
-    collect_ignore_glob.append("test_real_kube.py")
+    collect_ignore_glob += ["test_real_kube.py", "test_real_two_nodes.py"]
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +97,10 @@ def job(
     until("device memory is free again", lambda: gpu_memory() <= before + 64, 20, every=0.2)
 
 
-def gpu_memory() -> int:
-    """Device memory in use on the first GPU, in MiB."""
-    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+def gpu_memory(card: str = "0") -> int:
+    """Device memory in use on a GPU, by its number or UUID, in MiB."""
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    words.append(f"--id={card}")
     return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 

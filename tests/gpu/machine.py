@@ -24,7 +24,6 @@ KIT = HOME / "kit"
 ENVIRONMENT = HOME / "env"
 STATE = Path("/run/grit-gpu")
 SOCKET = STATE / "containerd.sock"
-CONTAINERD_PID = STATE / "containerd.pid"
 IMAGE = "docker.io/local/busybox:1"
 CONFIG = HOME / "grit.toml"
 COMMAND = ENVIRONMENT / "libexec/cuda-checkpoint"
@@ -63,16 +62,16 @@ exec {release}/bin/criu "$@"
 
 
 class Machine:
-    """One containerd with grit under it; `use_criu` says with which CRIU."""
+    """One containerd with grit under it; `use_criu` says with which CRIU. Its configuration, data
+    and log are in `home`."""
 
-    def __init__(self) -> None:
-        self._containerd: subprocess.Popen[bytes] | None = None
+    def __init__(self, home: Path = HOME) -> None:
+        self._containerd: subprocess.Popen[str] | None = None
+        self.home = home
         self.release = KIT
 
     def __enter__(self) -> Machine:
-        if not (ENVIRONMENT / ".ready").exists():
-            _install()
-        _refresh()
+        prepare()
         self.use_criu("4.2")
         self._start_containerd()
         return self
@@ -81,7 +80,7 @@ class Machine:
         if self._containerd:
             self._containerd.terminate()
             self._containerd.wait()
-            CONTAINERD_PID.unlink(missing_ok=True)
+            self._pid_file.unlink(missing_ok=True)
 
     def use_criu(self, version: str) -> None:
         """ "4.1" or "4.2": takes effect with the next dump or restore."""
@@ -163,24 +162,36 @@ class Machine:
 
     def log(self) -> str:
         """What containerd and the shims under it have written."""
-        return (HOME / "containerd.log").read_text(errors="replace")
+        return (self.home / "containerd.log").read_text(errors="replace")
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.home / "containerd.pid"
+
+    def _end_earlier(self) -> None:
+        """Ends the containerd of a run that was cut short: it holds its database's lock."""
+        try:
+            pid = int(self._pid_file.read_text())
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "containerd":
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError):
+            pass
 
     def _start_containerd(self) -> None:
-        STATE.mkdir(exist_ok=True)
-        _end_earlier()
-        config = HOME / "config.toml"
+        self.path(str(STATE)).mkdir(exist_ok=True)
+        self._end_earlier()
+        config = self.home / "config.toml"
         config.write_text(
-            _CONTAINERD.format(home=HOME, state=STATE, socket=SOCKET, pause=PAUSE, grit=CONFIG)
+            _CONTAINERD.format(home=self.home, state=STATE, socket=SOCKET, pause=PAUSE, grit=CONFIG)
         )
-        with open(HOME / "containerd.log", "ab") as log:
-            self._containerd = subprocess.Popen(
+        with open(self.home / "containerd.log", "ab") as log:
+            self._containerd = self.popen(
                 ["containerd", "--config", str(config)],
-                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        CONTAINERD_PID.write_text(str(self._containerd.pid))
+        self._pid_file.write_text(str(self._containerd.pid))
         deadline = time.monotonic() + 20
         while self.ctr("version", check=False).returncode:
             if self._containerd.poll() is not None or time.monotonic() > deadline:
@@ -218,14 +229,11 @@ def job_environment() -> dict[str, str]:
     return found
 
 
-def _end_earlier() -> None:
-    """Ends the containerd of a run that was cut short: it holds its database's lock."""
-    try:
-        pid = int(CONTAINERD_PID.read_text())
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "containerd":
-            os.kill(pid, signal.SIGKILL)
-    except (OSError, ValueError):
-        pass
+def prepare() -> None:
+    """The kit and this tree's shim, where they are not there yet."""
+    if not (ENVIRONMENT / ".ready").exists():
+        _install()
+    _refresh()
 
 
 def _install() -> None:

@@ -10,9 +10,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.gpu.machine import ARCHIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _TITLES = {
     "date": "date (UTC)",
@@ -75,6 +78,11 @@ class Results:
         told = "; ".join(f"{name.replace('_', ' ')}: {fact}" for name, fact in facts.items())
         self._findings.append(f"- **{test}**: {told}")
         self._keep({"kind": "finding", "test": test, **facts})
+
+    def transcript(self, test: str, lines: Sequence[str]) -> None:
+        """What was to be seen, line by line."""
+        self._findings += [f"\n**{test}**\n", "```", *lines, "```"]
+        self._keep({"kind": "transcript", "test": test, "lines": lines})
 
     def _keep(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, default=str)

@@ -3,7 +3,7 @@ made and removed as a kubelet does."""
 
 from __future__ import annotations
 
-import json
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ import pytest
 
 from tests.gpu import kube
 from tests.gpu.conftest import HOME, TMPFS
-from tests.gpu.job import Line, same, until
+from tests.gpu.job import same, until
+from tests.gpu.kube import lines, reported
+from tests.gpu.machine import gpu_devices
 
 if TYPE_CHECKING:
     from tests.e2e.kube.control_plane import ControlPlane
@@ -20,18 +22,6 @@ if TYPE_CHECKING:
     from tests.gpu.results import Results
 
 TRAIN = {"app": "train"}
-
-
-def lines(file: Path) -> list[Line]:
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-
-
-def reported(file: Path) -> Line:
-    """The last of three reports that come from now on."""
-    wanted = len(lines(file)) + 3
-    until("reports of the workload", lambda: len(lines(file)) >= wanted, 90, every=0.05)
-    return lines(file)[-1]
 
 
 def in_phase(plane: ControlPlane, kind: str, phase: str, log: Path) -> dict[str, Any]:
@@ -58,13 +48,15 @@ def test_the_quick_start(machine: Machine, results: Results, criu: str, images: 
         kube.agent_on(machine, store, log),
     ):
         plane.apply_packaged()
-        pod = kube.HostPod(kubelet, "train", {"main": argv}, labels=TRAIN, mounts=mounts).run()
-        before = reported(status)
+        given = kube.given(machine, gpu_devices())
+        pod_of = functools.partial(kube.HostPod, kubelet, given=given, labels=TRAIN, mounts=mounts)
+        pod = pod_of("train", {"main": argv}).run()
+        before = reported(status, pod)
         began = time.monotonic()
         plane.apply((kube.EXAMPLES / "checkpoint.yaml").read_text())
         saved = in_phase(plane, "checkpoint", "Checkpointed", log)
         checkpoint = time.monotonic() - began
-        same(before, reported(status))  # it runs on
+        same(before, reported(status, pod))  # it runs on
         kube.gritctl(machine, "verify", "--no-node", saved["status"]["dataPath"])
         pod.remove()
 
@@ -72,10 +64,8 @@ def test_the_quick_start(machine: Machine, results: Results, criu: str, images: 
         intents = Path("/run/containerd/grit-intents")
         until("a pending Restore on the node", lambda: list(intents.glob("*.pending")))
         began = time.monotonic()
-        successor = kube.HostPod(
-            kubelet, "train-2", {"main": argv}, labels=TRAIN, mounts=mounts
-        ).run()
-        after = reported(status)
+        successor = pod_of("train-2", {"main": argv}).run()
+        after = reported(status, successor)
         restored = in_phase(plane, "restore", "Restored", log)
         restore = time.monotonic() - began
         assert lines(status)[-1]["pid"] == before["pid"]
