@@ -12,6 +12,7 @@ import threading
 from shim import cgroup, journal, messages, runcstate
 from shim.cuda import discovery
 from shim.cuda.suspension import Process
+from shim.ttrpc import DEADLINE_EXCEEDED, StatusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -196,11 +197,16 @@ class Container:
         self.restore: Restore | None = None
         """What Start has to bring back; None for a container that starts as any other."""
 
-    def ask(self, method: str, request: Message | None = None) -> bytes:
+    def ask(
+        self, method: str, request: Message | None = None, timeout: float | None = None
+    ) -> bytes:
         """One call to the inner shim about this task. Raises ttrpc.StatusError with the inner's
-        words, ttrpc.ConnectionClosed if it has died."""
+        words, or DEADLINE_EXCEEDED after `timeout` seconds, ttrpc.ConnectionClosed if it has
+        died."""
         message = request if request is not None else messages.TaskRequest(id=self.id)
-        return self._inner.call(self.service, method, message.encode(), metadata=self.trace)
+        return self._inner.call(
+            self.service, method, message.encode(), timeout=timeout, metadata=self.trace
+        )
 
     def status(self) -> int:
         """The task's status as the inner shim sees it (messages.RUNNING, PAUSED, ...)."""
@@ -208,8 +214,17 @@ class Container:
             self.ask("State", messages.ExecRequest(id=self.id))
         ).status
 
-    def kill(self) -> None:
+    def kill(self, seconds: float) -> bool:
+        """Kills all its processes; whether the inner shim has seen the end of the first within
+        that time. Until it has, a client that deletes the task is refused."""
         self.ask("Kill", messages.KillRequest(id=self.id, signal=9, all=True))
+        try:
+            self.ask("Wait", messages.ExecRequest(id=self.id), timeout=seconds)
+        except StatusError as error:
+            if error.code != DEADLINE_EXCEEDED:
+                raise
+            return False
+        return True
 
     def begin_dump(self) -> Cancel:
         """What a Resume stops the dump with that is now beginning; `end_dump` is to follow."""

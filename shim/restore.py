@@ -63,6 +63,7 @@ _NO_ERROR = "CRIU's log shows no error"
 _RUNC_LOST_CRIU = " unixpacket "
 """In what runc says of a CRIU that ended without an answer (1.3 libcontainer/criu_linux.go)."""
 _THAW_SECONDS = 10.0
+_KILL_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 """How often the word that a download is whole is looked for; GRIT's own containerd looks every
 second. The directory may be one of another machine, whose changes nobody is told of."""
@@ -480,12 +481,13 @@ def _explained(container: Container, message: str) -> str:
 
 
 def _kill(container: Container) -> str:
-    """Ends a container that came back without its GPU; says whether that worked."""
+    """Ends a container that came back without its GPU; says whether that worked. Returns when it
+    has ended: CRI deletes the task at once, and never again."""
     try:
-        container.kill()
+        ended = container.kill(_KILL_SECONDS)
     except Exception as error:
         return f"it could not be killed: {error}"
-    return "it was killed"
+    return "it was killed" if ended else f"it was killed, and has not ended in {_KILL_SECONDS:g} s"
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 
 from shim import messages
 from shim.tasks import Tasks
-from shim.ttrpc import NOT_FOUND, StatusError
+from shim.ttrpc import DEADLINE_EXCEEDED, NOT_FOUND, StatusError
 from shim.ttrpc.handlers import Call
 
 SERVICE = "containerd.task.v3.Task"
@@ -24,7 +24,7 @@ class Inner:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
-        self.refuses = ""
+        self.refuses, self.code = "", NOT_FOUND
 
     def call(
         self,
@@ -37,7 +37,7 @@ class Inner:
     ) -> bytes:
         self.asked.append((method, dict(metadata or {})))
         if method == self.refuses:
-            raise StatusError(NOT_FOUND, "no such task")
+            raise StatusError(self.code, "no such task")
         return b""
 
 
@@ -104,3 +104,14 @@ def test_one_line_and_one_count_for_each(
     counted = (tmp_path / "grit.prom").read_text()
     assert 'grit_operations_total{operation="suspend",result="ok"} 1\n' in counted
     assert 'grit_operations_total{operation="resume",result="failed"} 1\n' in counted
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["ended", "not ended"])
+def test_a_kill_waits_for_the_end(tasks: Tasks, inner: Inner, seen: bool) -> None:
+    """CRI deletes a task whose Start has failed at once, and only then: it must have ended."""
+    one = tasks._containers["one"]
+    inner.asked.clear()
+    if not seen:
+        inner.refuses, inner.code = "Wait", DEADLINE_EXCEEDED
+    assert one.kill(5.0) is seen
+    assert [method for method, _ in inner.asked] == ["Kill", "Wait"]

@@ -184,3 +184,23 @@ def test_incomplete_checkpoint_is_never_a_reason_to_start_afresh(
     again.create("main")
     with pytest.raises(ServiceError, match=f"damaged and was not restored: {pages.name}: has"):
         again.start("main")
+
+
+def test_a_restore_that_fails_at_the_gpu_leaves_no_task(
+    kubelet: Kubelet, pod: MakePod, directory: str
+) -> None:
+    """Its processes are there already. containerd tries once to delete the task, right after the
+    answer: of one that has not ended by then, the pod could never be removed."""
+    one = pod("lost", "main").run()
+    one.next_report()
+    agent.checkpoint_pod(one, directory)
+    one.remove()
+    again = pod("lost", "main", annotations=annotated(directory)).run_sandbox()
+    again.create("main")
+    assert kubelet.board
+    with (
+        kubelet.board.faulty("restore=304"),
+        pytest.raises(ServiceError, match="it was killed"),
+    ):
+        again.start("main")
+    assert list(again.task_pids()) == [""]
