@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shim import places
 from tests.gpu import kube
 from tests.gpu.job import same, until
 from tests.gpu.machine import HOME, Machine, prepare
@@ -32,7 +33,7 @@ VOLUME = HOME.with_name("grit-gpu-nodes") / "volume"
 """What the pods have in /job, on whichever node."""
 SECONDS = 90.0
 """For whatever is waited for."""
-_FAILURES = Path("/var/log/containerd-shim-grit")
+_FAILURES = Path(places.FAILURES)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def _kept(logs: Path, nodes: Sequence[PlayedNode], plane: kube.HostPlane) -> Ite
             (logs / f"{node.name}.containerd.log").write_text(node.log())
         for name in ("apiserver", "etcd"):
             (logs / f"{name}.log").write_text(plane.log(name))
-        places = (_FAILURES.glob("*"), VOLUME.glob("status"))
-        for file in itertools.chain(*places):
+        for file in itertools.chain(_FAILURES.glob("*"), VOLUME.glob("status")):
             shutil.copy(file, logs)
         for file in Path("/var/log/pods").glob("*/main/*.log"):
             shutil.copy(file, logs / f"{file.parts[-3].split('_')[1]}.{file.name}")
@@ -148,6 +148,8 @@ def quick_start(
                 log = logs / f"{node.name}.agent.log"
                 stack.enter_context(kube.agent_on(node, store, log, node.name))
             stack.enter_context(_kept(logs, nodes, plane))
+            for node in nodes:
+                until(f"the agent of {node.name}", node.path(places.INTENTS).exists)
         try:
             facts = _move(workload, cards, plane, kubelets, given, transcript)
         finally:
@@ -181,6 +183,17 @@ def _move(
         every = {card: cards.used(card) for card in cards.of}
         return ", ".join(f"GPU {card}: {count >> 20} MiB" for card, count in every.items())
 
+    def waited(kind: str, phase: str) -> None:
+        """What a user types, who does not watch."""
+        words = [
+            "wait",
+            f"--for=jsonpath={{.status.phase}}={phase}",
+            f"{kind}/demo",
+            "--timeout=9s",
+        ]
+        transcript.say(f"$ kubectl {' '.join(words)}")
+        transcript.say(plane.kubectl(*words).stdout.rstrip())
+
     with transcript.timed("pod train on node-a reports"):
         first = pod(0, "train").run()
         before = kube.reported(status, first)
@@ -191,6 +204,7 @@ def _move(
         with transcript.timed("to Checkpointed"):
             plane.apply((kube.EXAMPLES / "checkpoint.yaml").read_text())
             watches["checkpoint"].until("Checkpointed")
+        waited("ckpt", "Checkpointed")
         saved = plane.get("checkpoint", "demo")["status"]
         assert saved["nodeName"] == "node-a"
         same(before, kube.reported(status, first), constant)  # it runs on
@@ -206,7 +220,8 @@ def _move(
         transcript.say("$ kubectl apply -f packaging/kubernetes/examples/restore.yaml")
         plane.apply((kube.EXAMPLES / "restore.yaml").read_text())
         watches["restore"].until("Created")
-        intents = kubelets[1].node.path("/run/containerd/grit-intents")
+        waited("rst", "Created")
+        intents = kubelets[1].node.path(places.INTENTS)
         until("a pending Restore on node-b", lambda: list(intents.glob("*.pending")))
         transcript.say("# pod train-2 on node-b")
         with transcript.timed("from the pod to Restored"):
@@ -235,6 +250,7 @@ def _move(
     return {
         "GPUs": " to ".join(map(str, cards.of)),
         "checkpoint": saved["phase"],
+        "bytes": saved["progress"]["bytes"],
         "restore": restored["phase"],
         "counter": f"{before['counter']} to {after['counter']}",
         **{name: after[name] for name in constant},
