@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.e2e.failpoints import held
 from tests.e2e.faults import (
     alive_and_well,
     checkpointing,
     criu_halted,
     criu_restoring,
-    criu_with_all_written,
     start,
     told,
+    tracer,
 )
 from tests.e2e.gpu import configure, go_on, restored_by_annotation, until
 from tests.e2e.marks import on_forky
@@ -48,9 +49,13 @@ def test_killed_when_all_is_written(
     node, _ = gpu_node
     configure(node)
     job, before = start(start_job, node)
-    client = checkpointing(job, images, *flags)
-    os.kill(criu_with_all_written(job, images), signal.SIGKILL)
-    assert "killed by signal 9" in told(client)
+    with held(node, "let-go") as place:
+        client = checkpointing(job, images, *flags)
+        place.reached()
+        assert node.path(f"{images}/grit.json").exists()
+        os.kill(tracer(job.pid()), signal.SIGKILL)
+        place.go_on()
+        assert "killed by signal 9" in told(client)
     alive_and_well(job, before, images)
 
 
