@@ -38,10 +38,11 @@ lint: venv  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Files go to one of two processes each; what most tests do most of the time is wait.
-JOBS ?= 2
+# Files go to one of three processes each, in the order of tests/conftest.py; what most tests do
+# most of the time is wait.
+JOBS ?= 3
 test: lint nodes  ## all of it: lint, unit tests, end to end on Debian 12, 13 and forky
-	$(PY) -m pytest -n $(JOBS) --dist loadfile || { \
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder || { \
 	  echo "once more, alone, what failed above: a busy machine is not to decide"; \
 	  $(PY) -m pytest --last-failed --last-failed-no-failures none; }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests.e2e import compatibility
@@ -27,8 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unit tests before end-to-end tests: what is broken shows early."""
-    items.sort(key=lambda item: "tests/e2e/" in item.nodeid)
+    """Unit tests before end-to-end tests: what is broken shows early. Of both the long files come
+    first, so that at the end no process is left alone with one: those whose tests say so by a
+    timeout of their own, then those with many tests."""
+    long = {item.path for item in items if item.get_closest_marker("timeout")}
+    size = Counter(item.path for item in items)
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
+        return "tests/e2e/" in item.nodeid, item.path not in long, -size[item.path]
+
+    items.sort(key=place)
     if config.getoption("--write-table"):
         items[:] = [item for item in items if compatibility.cell_of(item)]
 

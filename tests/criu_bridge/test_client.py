@@ -16,7 +16,7 @@ import pytest
 
 from shim.criu_bridge import client, rpc
 from shim.criu_bridge.errors import CriuError
-from shim.criu_bridge.transport import Cancel, Service, Swrk
+from shim.criu_bridge.transport import Cancel, Connection, Service, Swrk
 from tests.cuda.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +99,20 @@ def test_its_output_goes_where_it_is_sent(fake: Fake) -> None:
     with pytest.raises(CriuError, match="exit code 2"):
         client.version(criu)
     assert "swrk" in output.read_text()
+
+
+def test_one_that_has_ended_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it ended is told, not that nobody listens any more."""
+
+    def ended(self: Connection, data: bytes) -> None:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        send(self, data)
+
+    send = Connection.send
+    monkeypatch.setattr(Connection, "send", ended)
+    with pytest.raises(CriuError, match=r"ended without an answer \(exit code 1\)") as info:
+        client.version(Swrk("/bin/false"))
+    assert info.value.died
 
 
 def test_many_at_once_leave_nothing_behind(fake: Fake) -> None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 HELPER = "shim.cuda.helper"
 _FUTEX = "202"
-_RECEIVE = ("45", "47")  # recvfrom, recvmsg
 
 
 def start(start_job: StartJob, node: Node, *words: str) -> tuple[Job, Report]:
@@ -101,15 +100,15 @@ def helpers(node: Node) -> list[int]:
 def criu_halted(job: Job) -> int:
     """Stops CRIU in the middle of the dump, when it has the job's processes in its hands; its pid
     on the host."""
-    status = f"/proc/{job.pid()}/status"
+    init = job.pid()
     deadline = time.monotonic() + 30
     with _first_in_line():
-        while not (criu := _tracer(status)):
+        while not (criu := tracer(init)):
             assert time.monotonic() < deadline, "CRIU did not come"
             time.sleep(0.0005)  # `until` naps longer than a dump may take
         os.kill(criu, signal.SIGSTOP)
     until("CRIU's halt", lambda: _process_state(criu) == "T")
-    assert _tracer(status) == criu, "the dump was over before CRIU was stopped"
+    assert tracer(init) == criu, "the dump was over before CRIU was stopped"
     return criu
 
 
@@ -140,27 +139,9 @@ def criu_restoring(node: Node) -> int:
         return until("CRIU restoring", busy)
 
 
-def criu_with_all_written(job: Job, images: str) -> int:
-    """Stops CRIU when it has written its dump and waits for the shim, which then publishes it; its
-    pid on the host."""
-    place = job.node.path(images)
-    criu = criu_halted(job)
-    while True:
-        os.kill(criu, signal.SIGCONT)
-        time.sleep(0.001)
-        os.kill(criu, signal.SIGSTOP)
-        until("CRIU's halt", lambda: _process_state(criu) == "T")
-        with open(f"/proc/{criu}/syscall") as file:
-            waits = file.read().split()[0] in _RECEIVE
-        if waits and list(place.parent.glob("*partial*/inventory.img")):
-            # While it was still busy with the job's processes, nothing comes of it.
-            with contextlib.suppress(AssertionError):
-                until("the checkpoint", place.joinpath("grit.json").exists, 5)
-                return criu
-
-
-def _tracer(status: str) -> int:
-    with open(status) as file:
+def tracer(pid: int) -> int:
+    """Who holds the process of this pid, both on the host; 0 for nobody."""
+    with open(f"/proc/{pid}/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("TracerPid:"))
 
 

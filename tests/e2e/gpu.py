@@ -179,12 +179,14 @@ class Job:
 
     def node_pid(self) -> int:
         """The container's init as the shim knows it."""
-        assert self._task(), f"no task {self.name}"
-        return int(self._task()[1])
+        task = self._task()
+        assert task, f"no task {self.name}"
+        return int(task[1])
 
     def status(self) -> str:
         """RUNNING, PAUSED, STOPPED, or "" without a task."""
-        return self._task()[2] if self._task() else ""
+        task = self._task()
+        return task[2] if task else ""
 
     def _task(self) -> list[str]:
         """Name, pid and status; empty without a task."""

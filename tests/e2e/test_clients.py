@@ -122,10 +122,10 @@ class Nerdctl:
 
 @pytest.mark.parametrize("runtime", [GRIT, STOCK])
 def test_leave_running(
-    gpu_node: Place, start_job: StartJob, nerdctl: Nerdctl, runtime: str, engine: str
+    gpu_node: Place, start_job: StartJob, nerdctl: Nerdctl, runtime: str
 ) -> None:
     node, board = gpu_node
-    configure(node, engine=engine)
+    configure(node)
     job = start_job(runtime=runtime)
     before = job.next_report()
     nerdctl.checkpoint_create(job, leave_running=True)

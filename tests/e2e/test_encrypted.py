@@ -11,6 +11,7 @@ import cryptography
 import pytest
 
 from tests.e2e.gpu import GRIT, configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_checkpoint import diff_beside
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.nodes.installed import ENVIRONMENT
@@ -31,7 +32,7 @@ SETTINGS = {**PLAIN, "encryption_key_file": KEY}
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
 TOKEN = "a-password-in-the-environment"
 
-pytestmark = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+pytestmark = on_forky
 
 
 def give_key(node: Node) -> Path:

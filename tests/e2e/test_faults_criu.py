@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.e2e.failpoints import held
 from tests.e2e.faults import (
     alive_and_well,
     checkpointing,
     criu_halted,
     criu_restoring,
-    criu_with_all_written,
     start,
     told,
+    tracer,
 )
 from tests.e2e.gpu import configure, go_on, restored_by_annotation, until
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_failures import tmpfs
 
 if TYPE_CHECKING:
@@ -47,9 +49,13 @@ def test_killed_when_all_is_written(
     node, _ = gpu_node
     configure(node)
     job, before = start(start_job, node)
-    client = checkpointing(job, images, *flags)
-    os.kill(criu_with_all_written(job, images), signal.SIGKILL)
-    assert "killed by signal 9" in told(client)
+    with held(node, "let-go") as place:
+        client = checkpointing(job, images, *flags)
+        place.reached()
+        assert node.path(f"{images}/grit.json").exists()
+        os.kill(tracer(job.pid()), signal.SIGKILL)
+        place.go_on()
+        assert "killed by signal 9" in told(client)
     alive_and_well(job, before, images)
 
 
@@ -70,7 +76,7 @@ def test_killed_while_the_client_has_it_paused(
     alive_and_well(job, before, images)
 
 
-@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+@on_forky
 def test_stopped(gpu_node: Place, start_job: StartJob, images: str) -> None:
     """A CRIU that does nothing any more is given up at the deadline (and GRACE_S)."""
     node, _ = gpu_node
@@ -84,7 +90,7 @@ def test_stopped(gpu_node: Place, start_job: StartJob, images: str) -> None:
     alive_and_well(job, before, images)
 
 
-@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+@on_forky
 def test_killed_with_the_workload(gpu_node: Place, start_job: StartJob, images: str) -> None:
     """A process that had CRIU's code in it may end with CRIU. The client is told so, and the
     control group is thawed: runc removes nothing that is frozen."""
@@ -101,7 +107,7 @@ def test_killed_with_the_workload(gpu_node: Place, start_job: StartJob, images: 
     assert not job.status()
 
 
-@pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+@on_forky
 @pytest.mark.parametrize(
     ("sig", "why"),
     [(signal.SIGKILL, "CRIU was killed or crashed"), (signal.SIGSTOP, "not done within the 2 s")],

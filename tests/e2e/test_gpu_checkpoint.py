@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
 from tests.simgpu import simgpu
 
@@ -80,11 +82,11 @@ def test_a_child_forked_after_cuda_came_up(
     node.run(["rm", "-r", images])
 
 
-def test_checkpoint_into_content_store(gpu_node: Place, start_job: StartJob, engine: str) -> None:
+def test_checkpoint_into_content_store(gpu_node: Place, start_job: StartJob) -> None:
     """Where no image path reaches the shim (containerd 1.7 under any name but runc's), or none is
     given, the images end up where containerd takes them from."""
     node, _ = gpu_node
-    configure(node, engine=engine)
+    configure(node)
     job = start_job()
     before = job.next_report()
     job.ctr("task", "checkpoint", job.name)
@@ -114,6 +116,9 @@ def test_exit_and_restore_by_annotation(
     assert sum(board.owners().values()) == 4 << 20
 
 
+@pytest.mark.parametrize(
+    ("gpu_node", "engine"), [("13", "driver"), ("forky", "plugin")], indirect=True, scope="session"
+)
 def test_three_rounds(gpu_node: Place, start_job: StartJob, engine: str) -> None:
     """Checkpoint, kill, remove, restore, and that again with the restored one."""
     node, board = gpu_node
@@ -183,10 +188,10 @@ def test_tree(gpu_node: Place, start_job: StartJob, images: str, engine: str) ->
     assert sum(board.owners().values()) == 3 * (2 << 20)
 
 
-def test_terminal(gpu_node: Place, start_job: StartJob, images: str, engine: str) -> None:
+def test_terminal(gpu_node: Place, start_job: StartJob, images: str) -> None:
     """A container with a terminal gets a new one when it is restored."""
     node, _ = gpu_node
-    configure(node, engine=engine)
+    configure(node)
     job = start_job(options=["--tty"], runtime=honouring(node))
     before = job.next_report()
     job.checkpoint_task(images, "--exit")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.gpu import configure, go_on, honouring, restored_by_annotation
+from tests.e2e.marks import on_forky
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def works(job: Job, images: str) -> None:
     go_on(before, job.next_report())
 
 
+@on_forky
 def test_lock_never_granted(gpu_node: Place, start_job: StartJob, images: str, engine: str) -> None:
     node, board = gpu_node
     configure(node, engine=engine, lock_timeout=1)
@@ -120,6 +122,7 @@ def test_image_directory_full(
         assert node.path(f"{images}/inventory.img").exists()
 
 
+@on_forky
 def test_image_directory_not_empty(gpu_node: Place, start_job: StartJob, images: str) -> None:
     node, _ = gpu_node
     configure(node)
@@ -136,6 +139,7 @@ def test_image_directory_not_empty(gpu_node: Place, start_job: StartJob, images:
     go_on(before, job.next_report())
 
 
+@on_forky
 @pytest.mark.parametrize("damage", ["flip", "remove", "cut"])
 def test_damaged_images_are_refused(
     gpu_node: Place, start_job: StartJob, images: str, damage: str

@@ -21,6 +21,7 @@ from shim.ttrpc import StatusError
 from tests.e2e.failpoints import held, told
 from tests.e2e.faults import Direct, checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.marks import on_13, on_forky
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 # What does not depend on the node.
-on_13 = pytest.mark.parametrize("gpu_node", ["13"], indirect=True, scope="session")
-on_forky = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True, scope="session")
 
 TRACER = """
 import ctypes, sys

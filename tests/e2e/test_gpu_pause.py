@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from shim.cuda.discovery import anonymous_memory
 from tests.e2e.faults import helpers
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, until
+from tests.e2e.marks import on_forky
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -96,11 +97,11 @@ def test_a_tree_is_suspended_at_once(gpu_node: Place, start_job: StartJob, engin
     if engine == "driver":  # CRIU's plugin copies, and one after the other
         until("three copies", lambda: all(anonymous_memory(p) != holders[p] for p in holders))
         assert holders.keys() <= board.owners().keys()
+    board.end_faults()
     assert pause.wait(60) == 0
     assert job.status() == "PAUSED"
     assert board.owners() == ({} if engine == "driver" else held)
     job.ctr("task", "resume", job.name)
-    board.end_faults()
     assert board.owners() == held
 
     done = job.checkpoint_task("/var/tmp/nested", check=False)
@@ -111,6 +112,7 @@ def test_a_tree_is_suspended_at_once(gpu_node: Place, start_job: StartJob, engin
         go_on(mark, job.next_report(name))
 
 
+@on_forky
 def test_pause_without_gpu(gpu_node: Place, start_job: StartJob) -> None:
     """No helper, no driver: the stock path."""
     node, board = gpu_node
@@ -173,8 +175,8 @@ def test_answers_while_copying(
     until("a copy", lambda: anonymous_memory(pid) != memory)
     answers(job)
     assert dump.poll() is None
-    assert dump.wait(60) == 0, dump.communicate()
     board.end_faults()
+    assert dump.wait(60) == 0, dump.communicate()
     go_on(before, job.next_report())
 
 

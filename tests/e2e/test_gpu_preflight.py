@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.gpu import configure, go_on, honouring
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_failures import fails, tmpfs, works
 from tests.simgpu import simgpu
 
@@ -30,6 +31,7 @@ def lock_is_never_asked_for(board: SimGpu) -> None:
     board.fault("lock=hang")
 
 
+@on_forky
 @pytest.mark.parametrize(("mode", "words"), [("mig", "MIG instance of GPU-"), ("mps", "of MPS")])
 def test_what_the_driver_cannot_checkpoint_is_refused_before_the_lock(
     gpu_node: Place, start_job: StartJob, images: str, engine: str, mode: str, words: str
@@ -61,6 +63,7 @@ def test_io_uring_is_refused_by_name(gpu_node: Place, start_job: StartJob, image
     job.ctr("task", "resume", job.name)
 
 
+@on_forky
 def test_every_reason_is_told_at_once(gpu_node: Place, start_job: StartJob, images: str) -> None:
     node, board = gpu_node
     configure(node, criu="/nowhere/criu")
@@ -71,6 +74,7 @@ def test_every_reason_is_told_at_once(gpu_node: Place, start_job: StartJob, imag
         assert reason in told
 
 
+@on_forky
 def test_images_that_cannot_fit_are_refused_before_a_byte_is_written(
     gpu_node: Place, start_job: StartJob, images: str, engine: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e import gpu
 from tests.e2e.conftest import running
 from tests.e2e.gpu import CONFIG, configure
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_failures import tmpfs
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.nodes.installed import ENVIRONMENT
@@ -123,6 +124,7 @@ def without(node: Node, path: str) -> Iterator[None]:
         node.path(f"{path}.away").rename(file)
 
 
+@on_forky
 def test_criu_missing(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()
@@ -136,6 +138,7 @@ def test_criu_missing(gpu_node: Place, start_job: StartJob) -> None:
     works(node)
 
 
+@on_forky
 def test_criu_too_old(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     path = node.path("/usr/local/bin/old-criu")
@@ -149,6 +152,7 @@ def test_criu_too_old(gpu_node: Place, start_job: StartJob) -> None:
     assert "CRIU is 3.17.1" in does_not(node)
 
 
+@on_forky
 def test_plugin_missing(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     configure(node, engine="plugin", plugin_dir="/nowhere")
@@ -161,6 +165,7 @@ def test_plugin_missing(gpu_node: Place, start_job: StartJob) -> None:
     assert verdict(node, "--to", PLACE, status=0)["CRIU plugin"]["status"] == "pass"
 
 
+@on_forky
 def test_driver_absent(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     configure(node, libcuda="/nowhere/libcuda.so.1")
@@ -173,6 +178,7 @@ def test_driver_absent(gpu_node: Place, start_job: StartJob) -> None:
     assert "libcuda" not in lines
 
 
+@on_forky
 def test_a_mistake_in_the_configuration(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     node.path(CONFIG).write_text("[grit]\nlock_timout = 3\n")
@@ -183,6 +189,7 @@ def test_a_mistake_in_the_configuration(gpu_node: Place, start_job: StartJob) ->
     assert done.returncode != 0 and "did you mean lock_timeout?" in done.stderr
 
 
+@on_forky
 def test_low_memory_limit(gpu_node: Place, start_job: StartJob) -> None:
     """Of the container: the node itself is fine."""
     node, _ = gpu_node
@@ -194,6 +201,7 @@ def test_low_memory_limit(gpu_node: Place, start_job: StartJob) -> None:
     assert "Raise the limit" in does_not(node)
 
 
+@on_forky
 def test_full_disk(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()

@@ -28,20 +28,18 @@ PLACE = "/var/lib/checkpoints"
 EXPECTED = {"gritctl restore": "runs, pid", "gritctl doctor": "A checkpoint can work here."}
 
 
-@pytest.fixture(scope="module", params=["13", "forky"])
-def station(request: pytest.FixtureRequest) -> Iterator[Node]:
+@pytest.fixture(scope="module")
+def station() -> Iterator[Node]:
     """A node with the container `job`, the pod trainer-0 in k8s.io, and checkpoints."""
-    cgroup = {"13": "v1", "forky": "v2"}[request.param]
     env = gpu.ENVIRONMENT_OF_GRIT
-    with running(request.param, cgroup=cgroup, binds=gpu.kit_binds(), env=env) as node:
+    with running("forky", binds=gpu.kit_binds(), env=env) as node:
         gpu.grit_as_runc(node)
         board = gpu.gpu_of(node, capacity=64 << 20)
         configure(node)
         gpu.Job(node, board, "job").run()
         tar = build_image("local/busybox", "1", {})
         shutil.copyfile(tar, node.path("/var/tmp/image.tar"))
-        local = ["--local"] if node.containerd_version >= (2, 1) else []
-        node.ctr("-n", "k8s.io", "image", "import", *local, "/var/tmp/image.tar")
+        node.ctr("-n", "k8s.io", "image", "import", "--local", "/var/tmp/image.tar")
         flags = [word.replace("train-0", "trainer-0") for word in pod_options("trainer")]
         node.run_container(
             "trainer-id", gpu.IMAGE, "sleep", "1000", flags=["-d", *flags], runtime=gpu.GRIT,

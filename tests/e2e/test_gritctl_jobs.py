@@ -14,6 +14,7 @@ import pytest
 
 from shim.cuda.discovery import anonymous_memory
 from tests.e2e.gpu import configure, go_on, until
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_checkpoint import unbroken
 from tests.e2e.test_gpu_failures import tmpfs
 from tests.e2e.test_gpu_pause import hold_criu, signal_all
@@ -87,6 +88,7 @@ def test_checkpoint_and_restore(gpu_node: Place, start_job: StartJob) -> None:
     assert node.run(["gritctl", "diff", DIR, f"{PLACE}/second"]).stdout
 
 
+@on_forky
 def test_damage_beside_the_images_is_met(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()
@@ -112,6 +114,7 @@ def test_exit(gpu_node: Place, start_job: StartJob) -> None:
     unbroken(after)
 
 
+@on_forky
 def test_json_events(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()
@@ -124,6 +127,7 @@ def test_json_events(gpu_node: Place, start_job: StartJob) -> None:
     assert events[-1]["event"] == "done" and events[-1]["path"] == DIR
 
 
+@on_forky
 def test_bars_on_a_terminal(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()
@@ -163,6 +167,7 @@ def pod_options(name: str) -> list[str]:
     ]
 
 
+@on_forky
 @pytest.mark.parametrize("wanted", ["train-0", "ml/train-0", "sandbox1"])
 def test_a_whole_pod(gpu_node: Place, start_job: StartJob, wanted: str) -> None:
     node, _ = gpu_node
@@ -237,7 +242,12 @@ def test_interrupted_while_copying(gpu_node: Place, start_job: StartJob) -> None
     goes_on(job, board, process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("gpu_node", "number"),
+    [("13", signal.SIGTERM), ("forky", signal.SIGINT), ("forky", signal.SIGHUP)],
+    indirect=["gpu_node"],
+    scope="session",
+)
 def test_interrupted_while_criu_dumps(
     gpu_node: Place, start_job: StartJob, number: signal.Signals
 ) -> None:
@@ -250,6 +260,7 @@ def test_interrupted_while_criu_dumps(
     goes_on(job, board, process)
 
 
+@on_forky
 def test_interrupted_while_criu_hangs(gpu_node: Place, start_job: StartJob) -> None:
     """The dump is given up: it is not waited for to its end, which here never comes."""
     node, board = gpu_node
@@ -260,6 +271,7 @@ def test_interrupted_while_criu_hangs(gpu_node: Place, start_job: StartJob) -> N
     goes_on(job, board, process)
 
 
+@on_forky
 def test_interrupted_suspend(gpu_node: Place, start_job: StartJob) -> None:
     node, board = gpu_node
     job = start_job()
@@ -317,6 +329,7 @@ def test_failures_leave_it_running(gpu_node: Place, start_job: StartJob) -> None
     assert "there is no directory /nowhere/at" in text
 
 
+@on_forky
 def test_a_gpu_that_does_not_come_back(gpu_node: Place, start_job: StartJob) -> None:
     """What was saved is whole, and may be all that is left: it is kept."""
     node, board = gpu_node
@@ -332,6 +345,7 @@ def test_a_gpu_that_does_not_come_back(gpu_node: Place, start_job: StartJob) -> 
     go_on(before, again.next_report())
 
 
+@on_forky
 def test_a_full_disk(gpu_node: Place, start_job: StartJob) -> None:
     """DIR is a mount point, too, so its draft lies within it."""
     node, _ = gpu_node
@@ -348,6 +362,7 @@ def test_a_full_disk(gpu_node: Place, start_job: StartJob) -> None:
         gritctl(node, "verify", small)
 
 
+@on_forky
 def test_what_is_not_there(gpu_node: Place, start_job: StartJob) -> None:
     node, _ = gpu_node
     start_job()
@@ -360,6 +375,7 @@ def test_what_is_not_there(gpu_node: Place, start_job: StartJob) -> None:
     assert "Missing option '--to'" in gritctl(node, "checkpoint", "job", status=2)
 
 
+@on_forky
 def test_without_root(gpu_node: Place, start_job: StartJob) -> None:
     """With access to the socket; without, it is said."""
     node, _ = gpu_node

@@ -13,6 +13,7 @@ import pytest
 from tests.e2e import gpu
 from tests.e2e.conftest import running
 from tests.e2e.gpu import configure, go_on, until
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_checkpoint import unbroken
 from tests.e2e.test_gpu_pause import hold_criu, signal_all
 from tests.e2e.test_gritctl_help import examples
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Place = tuple[Node, SimGpu]
     StartJob = Callable[..., Job]
 
-pytestmark = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+pytestmark = on_forky
 
 PLACE = "/var/lib/checkpoints"
 KEYS = "/etc/grit-keys"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.gpu import configure, honouring
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gpu_checkpoint import diff_beside
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+@on_forky
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named(saved: Node, copy: Path, damage: Callable[[Path], str]) -> None:
     expected = damage(copy)

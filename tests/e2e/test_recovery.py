@@ -17,6 +17,7 @@ from tests.e2e.failpoints import held
 from tests.e2e.failpoints import told as told_to
 from tests.e2e.faults import alive_and_well, checkpointing, published
 from tests.e2e.gpu import configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.marks import on_13, on_forky
 from tests.e2e.test_faults_daemons import restart_containerd
 from tests.e2e.test_gpu_checkpoint import diff_beside
 
@@ -79,10 +80,6 @@ def places(names: Sequence[str]) -> pytest.MarkDecorator:
         indirect=["gpu_node"],
         scope="session",
     )
-
-
-on_13 = pytest.mark.parametrize("gpu_node", ["13"], indirect=True)
-on_forky = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
 
 
 def begin(start_job: StartJob, node: Node) -> tuple[Job, Report]:

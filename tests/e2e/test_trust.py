@@ -19,6 +19,7 @@ from shim import restore
 from shim.checkpoint_dir import CheckpointDirError
 from shim.config import GritOptions
 from tests.e2e.gpu import configure, go_on
+from tests.e2e.marks import on_forky
 from tests.e2e.test_gritctl_stored import gritctl
 from tests.nodes.installed import ENVIRONMENT
 
@@ -36,7 +37,7 @@ PLACE = "/var/lib/checkpoints"
 DIR = f"{PLACE}/job"
 KEYS = "/etc/grit"
 
-pytestmark = pytest.mark.parametrize("gpu_node", ["forky"], indirect=True)
+pytestmark = on_forky
 
 
 @pytest.fixture

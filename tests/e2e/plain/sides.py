@@ -237,14 +237,22 @@ class Events:
 
     def __init__(self, node: Node, name: str = "box") -> None:
         self._name = name
+        self._listens = False
         self.seen: list[tuple[str, str, int]] = []
         self._process = node.popen(["ctr", "events"], stdout=subprocess.PIPE)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        until("ctr events listening", lambda: self._heard(node))
+
+    def _heard(self, node: Node) -> bool:
+        """containerd keeps no event for those who come late: one of ours says that it listens."""
+        node.ctr("namespaces", "label", "default", f"heard={time.monotonic()}")
+        return self._listens
 
     def _read(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
+            self._listens = True
             match = re.search(r" (/tasks/\S+) (\{.*\})", line)
             if match:
                 event = json.loads(match[2])
