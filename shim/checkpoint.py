@@ -562,6 +562,7 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
         else [],
         mounts=mounts,
         devices=device_files,
+        compression=lane.compression(container),
         phases={
             **({"suspend": round(suspension.seconds, 6)} if suspension else {}),
             **container.paused_in,
