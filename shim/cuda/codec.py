@@ -5,6 +5,7 @@ whatever it is given to decompress.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from shim.cuda._codec import ffi
@@ -98,6 +99,12 @@ def _library(name: str) -> Any:
         raise Unavailable(f"this grit knows no compression {name!r}")
     file, package = LIBRARIES[name]
     try:
-        return ffi.dlopen(file)
+        return _opened(file)
     except OSError as error:
         raise Unavailable(f"{error} (Debian and Ubuntu: apt-get install {package})") from None
+
+
+@cache
+def _opened(file: str) -> Any:
+    """For good: contexts that nobody needs any more are freed by it, whenever that is."""
+    return ffi.dlopen(file)

@@ -4,8 +4,9 @@
     chunk    4 MiB of memory, the last one fewer, compressed by itself: one block of LZ4, one frame
              of Zstandard. As it was where compressing saves less than 4096 bytes; nothing at all
              where it is zeros
-    index    MAGIC, the codec's name in 4 bytes, and of each chunk how many bytes it has in the
-             file, in 4 bytes, the lowest first: 0 of zeros, its own size of what is as it was
+    index    MAGIC, the codec's name in 4 bytes, the size of the memory in 8, and of each chunk how
+             many bytes it has in the file, in 4: 0 of zeros, its own size of what is as it was;
+             numbers have their lowest byte first
 
 How many chunks there are follows from the size of the memory, which the manifest has, and so does
 the index's size; where a chunk lies, from those before it. So the sizes of a file have to agree
@@ -21,17 +22,16 @@ import struct
 from shim import offsets
 from shim.cuda import codec
 
-CHUNK = 4 << 20
-_PAGE = 4096
-_HEAD = struct.Struct("<12s4s")
-MAGIC = b"grit-packed1"
-_MOST = 1 << 20
-"""Chunks. More than 4 TiB are in no file: the index is read at once."""
-
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+CHUNK = 4 << 20
+_PAGE = 4096
+_HEAD = struct.Struct("<12s4sQ")
+MAGIC = b"grit-packed1"
+_MOST = 1 << 20
+"""Chunks. More than 4 TiB are in no file: the index is read at once."""
 
 
 class Damaged(Exception):
@@ -47,7 +47,7 @@ class Packing:
         self._name, self._address, self._buffer = name, address, buffer
         self._compress = codec.compressor(name)
         self._sizes: list[int] = []
-        self._end = 0
+        self._memory = self._end = 0
 
     def add(self, address: int, chunk: memoryview, empty: bool) -> tuple[memoryview, int]:
         """What the file has of the next chunk of memory, of whole pages, and where; it is good
@@ -59,12 +59,13 @@ class Packing:
             if size:
                 stored[size:] = bytes(len(stored) - size)
         self._sizes.append(size or len(stored))
+        self._memory += len(chunk)
         return self._placed(stored)
 
     def index(self) -> tuple[memoryview, int]:
         """What the file ends with, and where."""
         made = mmap.mmap(-1, _index_size(len(self._sizes)))  # begins at a page
-        made.write(_HEAD.pack(MAGIC, self._name.encode()))
+        made.write(_HEAD.pack(MAGIC, self._name.encode(), self._memory))
         made.write(struct.pack(f"<{len(self._sizes)}I", *self._sizes))
         return self._placed(memoryview(made))
 
@@ -84,9 +85,11 @@ def read_index(name: str, fd: int, size: int) -> tuple[list[int], memoryview]:
     end = os.fstat(fd).st_size - len(index)
     if end < 0 or offsets.read(fd, index, end) < len(index):
         raise Damaged("it is shorter than its index")
-    magic, codec_name = _HEAD.unpack_from(index)
+    magic, codec_name, memory = _HEAD.unpack_from(index)
     if magic != MAGIC or codec_name.rstrip(b"\0") != name.encode():
         raise Damaged(f"it has no index of {name}'s chunks at its end")
+    if memory != size:
+        raise Damaged(f"by its index it is of {memory} bytes of memory, not {size}")
     sizes = list(struct.unpack_from(f"<{count}I", index, _HEAD.size))
     if any(stored > here for stored, here in zip(sizes, chunk_sizes(size), strict=True)):
         raise Damaged("by its index a chunk has more bytes than it had in memory")
