@@ -12,13 +12,14 @@ import mmap
 import os
 import time
 
-from shim import digests, offsets
+from shim import digests
 from shim.cuda import codec, lane, packed
 from shim.cuda._memory import ffi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 NONE, AUTO = "", "auto"
 
@@ -27,6 +28,8 @@ _GAIN = 1.1
 
 _CHUNKS = 2
 """Of the memory that a thread compresses: 10 to 20 ms by Zstandard."""
+_TIMES = 2
+"""The first time also makes the pages of the buffers."""
 _LEAST, _MOST = 32 << 20, 256 << 20
 """Bytes that are written to the disk at a time, and in the end, to learn how fast it is, ..."""
 _SECONDS = 0.2
@@ -34,13 +37,13 @@ _SECONDS = 0.2
 
 
 class Disk:
-    """Bytes a second that a directory's disk takes: `copy` what writing does while the writer
-    waits, `sync` what is done after it, and while others are written."""
+    """A directory's: `speed` in bytes a second that the lane's threads write to it at, and `work`,
+    seconds a byte that this keeps the processors busy."""
 
-    __slots__ = ("copy", "sync")
+    __slots__ = ("speed", "work")
 
-    def __init__(self, copy: float, sync: float) -> None:
-        self.copy, self.sync = copy, sync
+    def __init__(self, speed: float, work: float) -> None:
+        self.speed, self.work = speed, work
 
 
 class Trial:
@@ -53,30 +56,26 @@ class Trial:
         self.speed, self.ratio = speed, ratio
 
 
-def rate(disk: Disk, trial: Trial | None = None) -> float:
-    """Bytes of memory a second that get to the disk, compressed like that or as they are. The
-    processors compress and write while the disk syncs; the slower of both is waited for. A disk
-    that is written to past the cache, or is memory, has next to nothing to sync: there one comes
-    after the other."""
-    if trial is None:
-        return min(disk.copy, disk.sync)
-    processors = 1 / trial.speed + 1 / (disk.copy * trial.ratio)
-    return 1 / max(processors, 1 / (disk.sync * trial.ratio))
+def rate(disk: Disk, trial: Trial) -> float:
+    """Bytes of memory a second that get to the disk, if they are compressed like that. The
+    processors compress and copy while the disk writes, and the slower of both is waited for; where
+    the disk is memory, it is the processors."""
+    processors = 1 / trial.speed + disk.work / trial.ratio
+    return 1 / max(processors, 1 / (disk.speed * trial.ratio))
 
 
 def best(disk: Disk, trials: dict[str, Trial]) -> tuple[str, str]:
     """The codec, NONE where that is best, and why."""
     rates = {name: rate(disk, trial) for name, trial in trials.items()}
-    plain = rate(disk)
     found = max(rates, key=lambda name: rates[name], default=NONE)
-    if found and rates[found] < plain * _GAIN:
+    if found and rates[found] < disk.speed * _GAIN:
         found = NONE
     tried = "".join(
         f", {name} {rates[name] / 1e9:.2f} ({trial.ratio:.2f} times smaller, "
         f"{trial.speed / 1e9:.2f} by itself)"
         for name, trial in trials.items()
     )
-    return found, f"GB/s to this disk: as it is {plain / 1e9:.2f}{tried}"
+    return found, f"GB/s to this disk: as it is {disk.speed / 1e9:.2f}{tried}"
 
 
 def choose(
@@ -103,7 +102,7 @@ def choose(
     if not chunks:
         return NONE, "nothing but zeros was found"
     try:
-        disk = disk_speed(directory, chunks, threads, direct)
+        disk = measured(directory, chunks, threads, direct)
     except OSError as error:
         return NONE, f"the disk cannot be measured: {error.strerror}"
     trials = {name: trial(name, chunks, threads) for name in codec.LIBRARIES if name not in missing}
@@ -113,37 +112,44 @@ def choose(
 
 def trial(name: str, chunks: list[memoryview], threads: int) -> Trial:
     """By that codec. Raises codec.Unavailable."""
-    stored: list[int] = []
+    buffers = [mmap.mmap(-1, packed.CHUNK) for _ in range(threads)]
+    packings = [packed.Packing(name, _address(one), memoryview(one)) for one in buffers]
 
-    def some(part: list[memoryview]) -> None:
-        buffer = mmap.mmap(-1, packed.CHUNK)
-        packing = packed.Packing(name, _address(buffer), memoryview(buffer))
-        for chunk in part:
-            stored.append(len(packing.add(_address(chunk), chunk, False)[0]))
+    stored = [0] * threads
 
-    seconds = _timed([lambda n=n: some(chunks[n::threads]) for n in range(threads)], threads)  # type: ignore[misc]
+    def one(number: int) -> None:
+        add = packings[number].add
+        part = chunks[number::threads]
+        stored[number] = sum(len(add(_address(chunk), chunk, False)[0]) for chunk in part)
+
+    jobs: list[Callable[[], None]] = [lambda n=n: one(n) for n in range(threads)]  # type: ignore[misc]
+    seconds = min(_timed(jobs, threads) for _ in range(_TIMES))
     size = sum(map(len, chunks))
     return Trial(size / seconds, size / sum(stored))
 
 
-def disk_speed(directory: str, chunks: list[memoryview], threads: int, direct: bool) -> Disk:
-    """By writing such chunks to files without names, more until it takes a while. Raises OSError,
-    and leaves nothing behind."""
+def measured(directory: str, chunks: list[memoryview], threads: int, direct: bool) -> Disk:
+    """The disk, by writing such chunks to files without names as the lane does, more until it
+    takes a while. Raises OSError, and leaves nothing behind."""
+    libc: Any = ffi.dlopen(None)
     files = [_unnamed(directory, number, direct) for number in range(threads)]
+    processors = min(threads, len(os.sched_getaffinity(0)))
     try:
         count = max(_LEAST // threads // packed.CHUNK, 1)
         while True:
-            size = count * threads * packed.CHUNK
 
-            def fill(number: int, count: int = count) -> None:
+            def one(number: int, count: int = count) -> None:
                 for turn in range(count):
                     chunk = chunks[(number * count + turn) % len(chunks)]
-                    offsets.write(files[number], chunk, turn * packed.CHUNK)
+                    lane.store(libc, files[number], chunk, turn * packed.CHUNK, direct)
+                os.fsync(files[number])
 
-            copying = _timed([lambda n=n: fill(n) for n in range(threads)], threads)  # type: ignore[misc]
-            syncing = _timed([lambda fd=fd: os.fsync(fd) for fd in files], threads)  # type: ignore[misc]
-            if copying + syncing >= _SECONDS or size >= _MOST:
-                return Disk(size / copying, size / syncing)
+            before = time.process_time()
+            seconds = _timed([lambda n=n: one(n) for n in range(threads)], threads)  # type: ignore[misc]
+            work = (time.process_time() - before) / processors
+            size = count * threads * packed.CHUNK
+            if seconds >= _SECONDS or size >= _MOST:
+                return Disk(size / seconds, work / size)
             count *= 2
     finally:
         for fd in files:

@@ -120,11 +120,11 @@ def _write_shard(
             chunk, to = packing.add(address, chunk, empty)
         stream.update(chunk)
         if not empty:
-            direct = _store(libc, fd, chunk, to, direct)
+            direct = store(libc, fd, chunk, to, direct)
     if packing is not None:
         chunk, to = packing.index()
         stream.update(chunk)
-        _store(libc, fd, chunk, to, direct)
+        store(libc, fd, chunk, to, direct)
     os.fsync(fd)
     shard.digest, shard.seen = stream.hexdigest(), seen.hexdigest()
 
@@ -154,8 +154,9 @@ def check(pid: int, shards: list[Shard], *, threads: int) -> None:
     digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
 
 
-def _store(libc: Any, fd: int, data: memoryview, at: int, direct: bool) -> bool:
-    """Whether the file still is written past the cache."""
+def store(libc: Any, fd: int, data: memoryview, at: int, direct: bool) -> bool:
+    """Writes to a file that is open past the cache, if `direct`; whether it still is then. Raises
+    OSError."""
     try:
         offsets.write(fd, data, at)
     except OSError as error:
