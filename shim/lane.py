@@ -229,9 +229,10 @@ def compression(container: Container) -> dict[str, str]:
     return {"algorithm": names or NO_COMPRESSION, "why": container.choice}
 
 
-def files(manifest: Manifest) -> set[str]:
-    """Those of the lane, where the manifest has the same digest for them; none if its
-    `cuda_processes` are not as we write them, as whoever restores them will find."""
+def files(manifest: Manifest, *, packed: bool = True) -> set[str]:
+    """Those of the lane, where the manifest has the same digest for them, the compressed ones
+    among them if `packed`; none if its `cuda_processes` are not as we write them, as whoever
+    restores them will find."""
     try:
         shards = [s for plain in manifest.cuda_processes for s in Process.from_dict(plain).lane]
     except (KeyError, TypeError, ValueError):
@@ -239,7 +240,9 @@ def files(manifest: Manifest) -> set[str]:
     return {
         shard.name
         for shard in shards
-        if shard.name in manifest.files and manifest.files[shard.name].digest == shard.digest
+        if shard.name in manifest.files
+        and manifest.files[shard.name].digest == shard.digest
+        and (packed or not shard.codec)
     }
 
 

@@ -444,6 +444,7 @@ def test_a_manifest_tells_of_the_codec_and_nothing_loses_it(tmp_path: Path) -> N
     assert shim_lane.files(manifest) == set()
     shim_lane.take_digests(manifest, str(tmp_path))
     assert shim_lane.files(manifest) == {"lane-1-0.img"}
+    assert shim_lane.files(manifest, packed=False) == set()
     (again,) = (Process.from_dict(plain) for plain in manifest.cuda_processes)
     assert [s.codec for s in again.lane] == [codec.LZ4, ""]
 
