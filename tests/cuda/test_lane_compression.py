@@ -181,6 +181,17 @@ def test_the_helper_compresses_and_decompresses(
     assert target.map[:] == memory.map[:]
 
 
+@both
+def test_what_has_changed_since_it_was_compressed_is_noticed(
+    driver: Driver, memory: Memory, write: Write, tmp_path: Path, name: str
+) -> None:
+    shards = [Shard(*shard.whole()) for shard in write(name)]  # type: ignore[arg-type]
+    driver.lane_check(ME, shards, threads=2, timeout=60)
+    memory.map[6 * CHUNK + 5] ^= 1
+    with pytest.raises(LaneError, match=r"changed since it was written to lane-1-0\.img"):
+        driver.lane_check(ME, shards, threads=2, timeout=60)
+
+
 def index_of(path: Path) -> int:
     """Where the index of the first file, of 16 chunks, begins."""
     return path.stat().st_size - 4096
