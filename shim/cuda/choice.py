@@ -26,8 +26,9 @@ NONE, AUTO = "", "auto"
 _GAIN = 1.1
 """How many times as fast it must be: the node's processors have other work, too."""
 
-_CHUNKS = 2
-"""Of the memory that a thread compresses: 10 to 20 ms by Zstandard."""
+_CHUNKS, _MOST_CHUNKS = 2, 64
+"""Of the memory that a thread compresses, 10 to 20 ms by Zstandard; and all of them: it takes
+memory."""
 _TIMES = 2
 """The first time also makes the pages of the buffers."""
 _LEAST, _MOST = 32 << 20, 256 << 20
@@ -98,7 +99,7 @@ def choose(
     missing = {name: reason for name in codec.LIBRARIES if (reason := codec.why_not(name))}
     if len(missing) == len(codec.LIBRARIES):
         return NONE, "; ".join(missing.values())
-    chunks = lane.sample(pid, ranges, _CHUNKS * threads)
+    chunks = lane.sample(pid, ranges, min(_CHUNKS * threads, _MOST_CHUNKS))
     if not chunks:
         return NONE, "nothing but zeros was found"
     try:

@@ -1,4 +1,4 @@
-"""LZ4 and Zstandard, by the libraries that every Debian has for its dpkg. For the helper process
+"""LZ4 and Zstandard, by the libraries that every Debian has for its apt. For the helper process
 only. Neither holds the interpreter's lock, and neither writes beyond the room it is told of,
 whatever it is given to decompress.
 """
