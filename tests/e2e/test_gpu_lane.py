@@ -21,6 +21,7 @@ from shim.ttrpc import StatusError
 from tests.e2e.failpoints import held, told
 from tests.e2e.faults import Direct, checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
+from tests.e2e.test_gritctl_stored import gritctl
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -178,6 +179,9 @@ def test_what_could_not_be_filled_in_is_before_the_next_dump(
     assert manifest(node, images).get("compression", {}) == (
         {} if compression == "off" else {"algorithm": "zstd", "why": "configured"}
     )
+    place = images.removesuffix("/checkpoint")
+    assert ("by zstd, to " in gritctl(node, "show", place)) == (compression == "zstd")
+    gritctl(node, "verify", place)
     job.end()
     go_on(before, restored_by_annotation(start_job, images).next_report())
 
