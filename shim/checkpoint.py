@@ -282,7 +282,7 @@ def suspend_and_freeze(container: Container, draft: checkpoint_dir.Draft | None)
                 container.phases["freeze"] = _since(began)
                 container.paused_in = {
                     phase: container.phases[phase]
-                    for phase in ("lane_write", "freeze")
+                    for phase in ("lane_choose", "lane_write", "freeze")
                     if phase in container.phases
                 }
                 journal.note(container, journal.PAUSED)
@@ -562,6 +562,7 @@ def _manifest(container: Container, opts: CriuOpts) -> Manifest:
         else [],
         mounts=mounts,
         devices=device_files,
+        compression=lane.compression(container),
         phases={
             **({"suspend": round(suspension.seconds, 6)} if suspension else {}),
             **container.paused_in,

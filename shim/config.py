@@ -106,6 +106,7 @@ class GritOptions(_Settings):
     lane_from: int = 64 * 1024 * 1024  # bytes of a region
     lane_threads: int = 0  # as many as there are processors
     lane_direct: bool = False
+    lane_compression: Literal["off", "auto", "lz4", "zstd"] = "off"
     checksum: Literal["xxh3", "sha256"] = "xxh3"
     metrics: str | None = None  # a directory, for node_exporter's textfile collector
     sign_key: str | None = None  # a file
@@ -265,6 +266,7 @@ _GRIT: dict[str, Check] = {
     "lane_from": _integer(4096, 2**63 - 1),
     "lane_threads": _integer(0, 256),
     "lane_direct": _boolean,
+    "lane_compression": _one_of("off", "auto", "lz4", "zstd"),
     "checksum": _one_of("xxh3", "sha256"),
     "metrics": _path,
     "sign_key": _path,

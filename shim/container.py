@@ -85,7 +85,9 @@ class Restore:
     def memory_bytes(self) -> int:
         """How much memory the images fill, device memory included."""
         files = self.manifest.files.items() if self.manifest else ()
-        return sum(file.size for name, file in files if name.startswith(("pages-", "lane-")))
+        pages = sum(file.size for name, file in files if name.startswith("pages-"))
+        # Not their files': those may be compressed.
+        return pages + sum(shard.size for process in self.processes for shard in process.lane)
 
 
 def _alone() -> None:
@@ -103,6 +105,7 @@ class Container:
         "_inner",
         "ahead",
         "bundle",
+        "choice",
         "config",
         "criu_version",
         "given",
@@ -192,6 +195,8 @@ class Container:
         """Seconds that each phase of the operation under way, or of the last one, took."""
         self.sizes: dict[str, int] = {}
         """Bytes it moved: "device" to the host, "image" to the disk."""
+        self.choice = ""
+        """Why the lane's files were compressed as they were, or not; "" where none were to be."""
         self._dump: Cancel | None = None
         self._dump_guard = threading.Lock()
         self.restore: Restore | None = None

@@ -30,6 +30,7 @@ from shim.cuda import discovery
 from shim.cuda.errors import CudaError
 from shim.cuda.shards import Shard
 from shim.cuda.suspension import Process
+from shim.manifest import NO_COMPRESSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -217,9 +218,21 @@ def fill_restored(container: Container, found: Restore) -> None:
     _log_filled("device memory filled in", container, began)
 
 
-def files(manifest: Manifest) -> set[str]:
-    """Those of the lane, where the manifest has the same digest for them; none if its
-    `cuda_processes` are not as we write them, as whoever restores them will find."""
+def compression(container: Container) -> dict[str, str]:
+    """How the files that were written are compressed, and why so, for the manifest; empty where
+    they were not to be, or there are none."""
+    processes = container.suspension.processes if container.suspension else []
+    codecs = {shard.codec for process in processes for shard in process.lane}
+    if not codecs or not container.choice:
+        return {}
+    names = ", ".join(sorted(codecs - {""}))
+    return {"algorithm": names or NO_COMPRESSION, "why": container.choice}
+
+
+def files(manifest: Manifest, *, packed: bool = True) -> set[str]:
+    """Those of the lane, where the manifest has the same digest for them, the compressed ones
+    among them if `packed`; none if its `cuda_processes` are not as we write them, as whoever
+    restores them will find."""
     try:
         shards = [s for plain in manifest.cuda_processes for s in Process.from_dict(plain).lane]
     except (KeyError, TypeError, ValueError):
@@ -227,7 +240,9 @@ def files(manifest: Manifest) -> set[str]:
     return {
         shard.name
         for shard in shards
-        if shard.name in manifest.files and manifest.files[shard.name].digest == shard.digest
+        if shard.name in manifest.files
+        and manifest.files[shard.name].digest == shard.digest
+        and (packed or not shard.codec)
     }
 
 
@@ -260,7 +275,8 @@ def _set_digests(manifest: Manifest, found: dict[str, str]) -> None:
     for plain in manifest.cuda_processes:
         shards = Process.from_dict(plain).lane
         plain["lane"] = [
-            Shard(s.name, s.start, s.size, found.get(s.name, s.digest)).plain() for s in shards
+            Shard(s.name, s.start, s.size, found.get(s.name, s.digest), s.codec).plain()
+            for s in shards
         ]
 
 
@@ -311,10 +327,11 @@ def _worth_it(container: Container, suspension: Suspension | None) -> list[Proce
 def _write(container: Container, driver: Driver, took: list[Process], directory: str) -> None:
     if not took:
         return
-    began = time.monotonic()
     failpoint.reach("lane")
+    codec = _codec(container, driver, took[0], directory)
+    began = time.monotonic()
     for process in took:
-        process.lane = _written(container, driver, process, directory)
+        process.lane = _written(container, driver, process, directory, codec)
     container.phases["lane_write"] = round(time.monotonic() - began, 6)
     log.info(
         "device memory written past CRIU",
@@ -362,7 +379,36 @@ def _remove(directory: str) -> None:
             os.unlink(os.path.join(directory, name))
 
 
-def _written(container: Container, driver: Driver, process: Process, directory: str) -> list[Shard]:
+def _codec(container: Container, driver: Driver, process: Process, directory: str) -> str:
+    """By which all files are to be compressed, by what is found of one process's memory; "" for by
+    none. Notes why."""
+    settings = container.config
+    container.choice = ""
+    if settings.lane_compression == "off":
+        return ""
+    began = time.monotonic()
+    codec, container.choice = driver.lane_choose(
+        process.pid,
+        settings.lane_compression,
+        _regions(process, settings.lane_from),
+        directory,
+        threads=gpu.threads(settings),
+        direct=settings.lane_direct,
+        timeout=settings.dump_timeout,
+    )
+    container.phases["lane_choose"] = round(time.monotonic() - began, 6)
+    tell = log.info if codec or settings.lane_compression == "auto" else log.warning
+    tell(
+        f"device memory is compressed by {codec}" if codec else "device memory is not compressed",
+        id=container.id,
+        reason=container.choice,
+    )
+    return codec
+
+
+def _written(
+    container: Container, driver: Driver, process: Process, directory: str, codec: str
+) -> list[Shard]:
     settings = container.config
     shards: list[Shard] = []
     for number, (start, end) in enumerate(_regions(process, settings.lane_from)):
@@ -375,6 +421,7 @@ def _written(container: Container, driver: Driver, process: Process, directory: 
             threads=gpu.threads(settings),
             direct=settings.lane_direct,
             algorithm=digests.algorithm(settings),
+            compression=codec,
             timeout=settings.dump_timeout,
         )
     return shards
@@ -394,7 +441,7 @@ def _filled(
         names = shards
         if held:
             directory = f"/proc/{os.getpid()}/fd"
-            names = [Shard(str(held[s.name]), s.start, s.size, s.digest) for s in shards]
+            names = [Shard(str(held[s.name]), s.start, s.size, s.digest, s.codec) for s in shards]
         driver.lane_fill(
             process.pid,
             shards[0].start,

@@ -11,9 +11,11 @@ from shim.digests import BLOCK, SHA256, XXH3
 
 MANIFEST = "grit.json"
 INVENTORY = "inventory.img"  # CRIU writes it last, and begins every restore with it
-FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED = 1, 2, 3
+FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED, FORMAT_COMPRESSED = 1, 2, 3, 4
 """The second is that of a manifest with XXH3 digests, which a reader of the first cannot check; the
-third that of encrypted files, which no other reader should hand to CRIU."""
+third that of encrypted files, which no other reader should hand to CRIU; the fourth that of
+compressed device memory, encrypted or not, which no other reader should put into a process."""
+NO_COMPRESSION = "none"
 # A manifest has both, so that no single damaged place makes it look like one that has neither.
 _SEALED = "self_check"
 _SEAL = "sha256_of_the_above"
@@ -73,7 +75,8 @@ class Manifest:
     carried here; `cpu` is what `fit.cpu` says, empty where it is not known; `mounts` and `devices`
     are what `injected.recorded` found; `phases` gives the seconds each took; `encryption` has the
     `algorithm` (`sealed.ALGORITHM`), the `key`'s identity and the `id` that the files are bound to,
-    and is empty where they are as CRIU wrote them.
+    and is empty where they are as CRIU wrote them; `compression` has the `algorithm` of the lane's
+    files, or NO_COMPRESSION, and `why` it is that, and is empty where there was no question.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Manifest:
         mounts: list[dict[str, str]] | None = None,
         devices: list[str] | None = None,
         encryption: dict[str, str] | None = None,
+        compression: dict[str, str] | None = None,
         created: str = "",
         files: dict[str, File] | None = None,
     ) -> None:
@@ -116,6 +120,7 @@ class Manifest:
         self.mounts = mounts or []
         self.devices = devices or []
         self.encryption = encryption or {}
+        self.compression = compression or {}
         self.created = created
         self.files = files or {}
 
@@ -132,10 +137,8 @@ class Manifest:
         line the SHA-256 of all above it."""
         import json
 
-        plain = all(file.algorithm == SHA256 for file in self.files.values())
-        number = FORMAT_ENCRYPTED if self.encryption else FORMAT if plain else FORMAT_XXH3
         document = {
-            "format": number,
+            "format": self._format(),
             _SEALED: "sha256",
             "created": self.created,
             "container": {
@@ -157,6 +160,7 @@ class Manifest:
             "devices": self.devices,
             "phases": self.phases,
             **({"encryption": self.encryption} if self.encryption else {}),
+            **({"compression": self.compression} if self.compression else {}),
             "files": {
                 name: {"size": file.size, file.key: file.digest}
                 for name, file in sorted(self.files.items())
@@ -165,16 +169,24 @@ class Manifest:
         above = json.dumps(document, indent=2, allow_nan=False).encode().removesuffix(b"\n}")
         return above + _SEAL_BEGINS + _seal_of(above)
 
+    def _format(self) -> int:
+        if self.compression.get("algorithm", NO_COMPRESSION) != NO_COMPRESSION:
+            return FORMAT_COMPRESSED
+        if self.encryption:
+            return FORMAT_ENCRYPTED
+        plain = all(file.algorithm == SHA256 for file in self.files.values())
+        return FORMAT if plain else FORMAT_XXH3
+
     @classmethod
     def decode(cls, data: bytes, where: str) -> Manifest:
         """Raises ManifestError, in which `where` names the file. Unknown keys are passed over. One
         that was written without a checksum of itself is read without it."""
         document = _Reader(_read_json(data, where), where)
         number = document.integer("format")
-        if number not in (FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED):
+        if number not in (FORMAT, FORMAT_XXH3, FORMAT_ENCRYPTED, FORMAT_COMPRESSED):
             raise ManifestError(
                 f"{where}: is of format {number}, and this grit reads formats {FORMAT} to "
-                f"{FORMAT_ENCRYPTED}; restore it with the version of grit that wrote it"
+                f"{FORMAT_COMPRESSED}; restore it with the version of grit that wrote it"
             )
         above, sealed, seal = data.rpartition(_SEAL_BEGINS)
         claimed = sealed or _SEALED in document.value or _SEAL in document.value
@@ -202,6 +214,7 @@ class Manifest:
             mounts=[_read_mount(mount) for mount in document.tables("mounts", optional=True)],
             devices=document.texts("devices", optional=True),
             encryption=_read_encryption(document, needed=number == FORMAT_ENCRYPTED),
+            compression=_read_compression(document, needed=number == FORMAT_COMPRESSED),
             files=_read_files(document.table("files")),
         )
 
@@ -327,6 +340,13 @@ def _read_encryption(document: _Reader, *, needed: bool) -> dict[str, str]:
         return {}
     table = document.table("encryption")
     return {key: table.text(key) for key in ("algorithm", "key", "id")}
+
+
+def _read_compression(document: _Reader, *, needed: bool) -> dict[str, str]:
+    if "compression" not in document.value and not needed:
+        return {}
+    table = document.table("compression")
+    return {key: table.text(key) for key in ("algorithm", "why")}
 
 
 def _read_mount(mount: _Reader) -> dict[str, str]:

@@ -315,8 +315,10 @@ def _verified(images: str, settings: GritOptions, *, beside: bool) -> Manifest |
             raise
         log.warning("images without a manifest: restored unverified", images=images)
     if manifest is not None:
-        # The lane's files are read, and compared, when they are filled in.
-        found = checkpoint_dir.verify(images, manifest, but=lane.files(manifest))
+        # The lane's files are read, and compared, when they are filled in. Where not everybody is
+        # believed, nothing is decompressed that was not compared before.
+        filled = lane.files(manifest, packed=not keys)
+        found = checkpoint_dir.verify(images, manifest, but=filled)
         # CRIU would take some files for images that the manifest does not know.
         problems += [one for one in found if keys or one.kind != "extra"]
     if problems:

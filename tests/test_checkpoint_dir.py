@@ -31,7 +31,7 @@ from shim.checkpoint_dir import (
 )
 from shim.config import GritOptions
 from shim.digests import BLOCK
-from shim.manifest import File, Manifest, ManifestError
+from shim.manifest import NO_COMPRESSION, File, Manifest, ManifestError
 
 ROOT = pathlib.Path(checkpoint_dir.__file__).parents[1]
 
@@ -559,8 +559,8 @@ def mount(**values: object) -> dict[str, object]:
     [
         (
             ["format"],
-            4,
-            "is of format 4, and this grit reads formats 1 to 3; restore it with the version",
+            5,
+            "is of format 5, and this grit reads formats 1 to 4; restore it with the version",
         ),
         (["format"], "1", "format must be a whole number"),
         (["format"], True, "format must be a whole number"),
@@ -797,6 +797,29 @@ def test_one_of_sha256_is_as_it_was_before_there_was_a_choice(place: pathlib.Pat
     written = json.loads((place / "grit.json").read_bytes())
     assert written["format"] == 1
     assert all(entry.keys() == {"size", "sha256"} for entry in written["files"].values())
+
+
+@pytest.mark.parametrize("algorithm", [digests.SHA256, digests.XXH3])
+@pytest.mark.parametrize("encrypted", [False, True], ids=["clear", "encrypted"])
+@pytest.mark.parametrize(("kind", "number"), [("zstd", 4), (NO_COMPRESSION, None), ("", None)])
+def test_no_grit_from_before_takes_compressed_memory_for_memory(
+    kind: str, number: int | None, encrypted: bool, algorithm: str
+) -> None:
+    manifest = a_manifest()
+    manifest.created = "2026-11-28T12:00:00+00:00"
+    manifest.files = {"inventory.img": File(1, "0" * (32 if algorithm == digests.XXH3 else 64))}
+    manifest.files["inventory.img"].algorithm = algorithm
+    manifest.encryption = {"algorithm": "a", "key": "b", "id": "c"} if encrypted else {}
+    manifest.compression = {"algorithm": kind, "why": "it is faster"} if kind else {}
+    written = manifest.encode()
+    otherwise = 3 if encrypted else 2 if algorithm == digests.XXH3 else 1
+    assert json.loads(written)["format"] == (number or otherwise)
+    assert Manifest.decode(written, "x") == manifest
+    changed = json.loads(written)
+    changed |= {"format": 4, "compression": {"algorithm": kind}}
+    del changed["self_check"], changed["sha256_of_the_above"]
+    with pytest.raises(ManifestError, match=r"compression\.why is missing"):
+        Manifest.decode(json.dumps(changed).encode(), "x")
 
 
 def test_without_xxhash_digests_are_sha256_and_others_cannot_be_checked(

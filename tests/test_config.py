@@ -55,6 +55,7 @@ lane = "off"
 lane_from = 1048576
 lane_threads = 4
 lane_direct = true
+lane_compression = "auto"
 metrics = "/var/lib/metrics"
 sign_key = "/etc/grit/node.pem"
 verify_keys = ["/etc/grit/a.pub", "/etc/grit/b.pub"]
@@ -118,6 +119,7 @@ def test_every_key_arrives_under_its_own_name() -> None:
         lane_from=1 << 20,
         lane_threads=4,
         lane_direct=True,
+        lane_compression="auto",
         metrics="/var/lib/metrics",
         sign_key="/etc/grit/node.pem",
         verify_keys=("/etc/grit/a.pub", "/etc/grit/b.pub"),

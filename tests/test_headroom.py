@@ -345,6 +345,16 @@ def test_images_that_cannot_fit_are_refused(tmp_path: Path) -> None:
         headroom.make_room_for_restore(one, found, fits)
 
 
+def test_compressed_memory_counts_as_it_will_be(tmp_path: Path) -> None:
+    one, found = container(tmp_path), restoring(100 * MIB, 200 * MIB)
+    assert found.manifest is not None
+    found.manifest.files["lane-7-0-0.img"] = File(20 * MIB, "")
+    found.manifest.cuda_processes[0]["lane"] = [["lane-7-0-0.img", 0, 200 * MIB, "", "zstd"]]
+    with pytest.raises(headroom.NoRoom, match=r"holds 300\.0 MiB .* limit is 299\.0 MiB"):
+        headroom.make_room_for_restore(one, found, spec(299 * MIB))
+    headroom.make_room_for_restore(one, found, spec(300 * MIB))
+
+
 @pytest.mark.parametrize("memory", ["refuse", "raise"])
 def test_images_that_the_node_has_no_memory_for_are_refused(
     tmp_path: Path, node: Path, memory: str

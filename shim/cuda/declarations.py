@@ -1,5 +1,5 @@
 """The C declarations of the library calls that we use, NVIDIA's and the system's, and the generator
-of `_libcuda.py`, `_libnvml.py`, `_ptrace.py` and `_memory.py` from them.
+of `_libcuda.py`, `_libnvml.py`, `_ptrace.py`, `_memory.py` and `_codec.py` from them.
 
 Run `python -m shim.cuda.declarations` after a change; a test checks that they are in step. They
 are compiled ahead of time because parsing C at run time costs 40 ms, more than all the rest of a
@@ -81,7 +81,31 @@ int memcmp(const void *one, const void *other, size_t size);
 int sync_file_range(int fd, int64_t offset, int64_t size, unsigned int flags);
 """
 
-MODULES = {"_libcuda": CUDA, "_libnvml": NVML, "_ptrace": PTRACE, "_memory": MEMORY}
+# lz4.h, zstd.h: what has been in them since their first stable versions.
+CODEC = """
+int LZ4_compress_default(const char *source, char *target, int size, int room);
+int LZ4_decompress_safe(const char *source, char *target, int size, int room);
+
+typedef struct compression compression;
+typedef struct decompression decompression;
+compression *ZSTD_createCCtx(void);
+size_t ZSTD_freeCCtx(compression *context);
+size_t ZSTD_compressCCtx(
+    compression *context, void *target, size_t room, const void *source, size_t size, int level);
+decompression *ZSTD_createDCtx(void);
+size_t ZSTD_freeDCtx(decompression *context);
+size_t ZSTD_decompressDCtx(
+    decompression *context, void *target, size_t room, const void *source, size_t size);
+unsigned int ZSTD_isError(size_t code);
+"""
+
+MODULES = {
+    "_libcuda": CUDA,
+    "_libnvml": NVML,
+    "_ptrace": PTRACE,
+    "_memory": MEMORY,
+    "_codec": CODEC,
+}
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 HEADER = """# Made by shim/cuda/declarations.py; do not edit.
 # ruff: noqa

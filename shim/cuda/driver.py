@@ -110,6 +110,31 @@ class Driver:
         answer = self.call("survey", 0, timeout=timeout, argument=argument)
         return Survey.decode(answer.name) if answer.ok else Survey(unknown=answer.name)
 
+    def lane_choose(
+        self,
+        pid: int,
+        wanted: str,
+        ranges: list[tuple[int, int]],
+        directory: str,
+        *,
+        threads: int,
+        direct: bool,
+        timeout: float,
+    ) -> tuple[str, str]:
+        """choice.choose in a helper: how what `lane_write` writes is to be compressed, and why.
+        Raises as lane_write does."""
+        given = {
+            "wanted": wanted,
+            "ranges": ranges,
+            "directory": directory,
+            "threads": threads,
+            "direct": direct,
+        }
+        import json
+
+        codec, why = json.loads(self._move("lane_choose", pid, given, timeout))
+        return codec, why
+
     def lane_write(
         self,
         pid: int,
@@ -121,6 +146,7 @@ class Driver:
         threads: int,
         direct: bool,
         algorithm: str,
+        compression: str = "",
         timeout: float,
     ) -> list[Shard]:
         """lane.write in a helper, within `timeout` seconds of it being up. The process must not
@@ -137,6 +163,7 @@ class Driver:
             "threads": threads,
             "direct": direct,
             "algorithm": algorithm,
+            "compression": compression,
         }
         import json
 

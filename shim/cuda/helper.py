@@ -107,10 +107,11 @@ def _shed(pid: int, what: str) -> None:
 
 
 def _move(action: str, pid: int, argument: str) -> str:
-    """Arguments and what comes back are JSON: the shards, if files were written."""
+    """Arguments and what comes back are JSON: the shards, if files were written; what `choose`
+    found."""
     import json
 
-    from shim.cuda import lane
+    from shim.cuda import choice, lane
     from shim.cuda.shards import Shard
 
     given = json.loads(argument)
@@ -122,6 +123,8 @@ def _move(action: str, pid: int, argument: str) -> str:
             return json.dumps([shard.whole() for shard in made], separators=(",", ":"))
         case "lane_check":
             lane.check(pid, **given)
+        case "lane_choose":
+            return json.dumps(choice.choose(pid, **given))
         case "lane_fill":
             lane.fill(pid, **given)
         case "lane_drop":

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from shim import digests, offsets
+from shim.cuda import codec, packed
 from shim.cuda._memory import ffi
 from shim.cuda.errors import LaneError
 from shim.cuda.inject import Injected, calling
@@ -27,7 +28,7 @@ from shim.cuda.ptrace import TraceError
 from shim.cuda.shards import Shard, cut
 from shim.cuda.still import held, living_threads
 
-_CHUNK = 4 << 20  # bytes moved at a time: a huge page or more, and it fits into a cache
+_CHUNK = packed.CHUNK  # bytes moved at a time: a huge page or more, and it fits into a cache
 _HUGE = 2 << 20
 _PAGE = mmap.PAGESIZE
 _SYNC_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin to write to disk, do not wait
@@ -49,15 +50,16 @@ def write(
     threads: int,
     direct: bool,
     algorithm: str,
+    compression: str = "",
 ) -> list[Shard]:
     """Writes memory [start, end) of a process to new files `<prefix><number>.img` in a directory,
     synced to disk with it; where 4 MiB in a row are zeros there is a hole. Nobody may write to that
     memory meanwhile. With `direct` past the page cache, where the file system lets it. `algorithm`
-    is one of `digests.new`.
+    is one of `digests.new`, `compression` one of `codec`'s; with that the files are `packed`.
 
     Raises LaneError or OSError, and then has removed the files. Whoever is killed meanwhile leaves
     them: they lie in a draft, and go with it."""
-    shards = cut(start, end, prefix, threads)
+    shards = cut(start, end, prefix, threads, compression)
     libc = ffi.dlopen(None)
     made: list[str] = []
     place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -72,9 +74,9 @@ def write(
                         _write_shard(libc, pid, pagemap, shard, fd, direct, algorithm)
                     finally:
                         os.close(fd)
-                except OSError as error:
+                except (OSError, codec.Unavailable) as error:
                     raise LaneError(
-                        f"pid {pid}: cannot write {directory}/{shard.name}: {error.strerror}"
+                        f"pid {pid}: cannot write {directory}/{shard.name}: {_reason(error)}"
                     ) from error
 
             digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
@@ -94,13 +96,16 @@ def write(
 def _write_shard(
     libc: Any, pid: int, pagemap: int | None, shard: Shard, fd: int, direct: bool, algorithm: str
 ) -> None:
-    """Notes both digests in it."""
+    """Notes both digests in it: the file's, and the memory's."""
     stream = digests.Stream(algorithm)
     quick = digests.fastest()
-    seen = stream if quick == algorithm else digests.Stream(quick)
+    same = quick == algorithm and not shard.codec
+    seen = stream if same else digests.Stream(quick)
     if direct:
         direct = _bypass_cache(fd, True)
-    os.ftruncate(fd, shard.size)
+    packing = packed.Packing(shard.codec, *_buffer()) if shard.codec else None
+    if packing is None:
+        os.ftruncate(fd, shard.size)
     address, buffer = _buffer()
     for at in range(0, shard.size, _CHUNK):
         size = min(_CHUNK, shard.size - at)
@@ -108,19 +113,18 @@ def _write_shard(
         chunk = _ZEROS[:size] if absent else buffer[:size]
         if not absent:
             _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
-        stream.update(chunk)
         if seen is not stream:
             seen.update(chunk)
-        if not absent and not _is_zero(libc, address, size):
-            try:
-                offsets.write(fd, chunk, at)
-            except OSError as error:
-                if not (direct and error.errno == errno.EINVAL):
-                    raise
-                direct = _bypass_cache(fd, False)  # it wants another alignment
-                offsets.write(fd, chunk, at)
-            if not direct:
-                libc.sync_file_range(fd, at, size, _SYNC_WRITE)  # a hint: fsync is what counts
+        empty, to = absent or _is_zero(libc, address, size), at
+        if packing is not None:
+            chunk, to = packing.add(address, chunk, empty)
+        stream.update(chunk)
+        if not empty:
+            direct = store(libc, fd, chunk, to, direct)
+    if packing is not None:
+        chunk, to = packing.index()
+        stream.update(chunk)
+        store(libc, fd, chunk, to, direct)
     os.fsync(fd)
     shard.digest, shard.seen = stream.hexdigest(), seen.hexdigest()
 
@@ -150,6 +154,21 @@ def check(pid: int, shards: list[Shard], *, threads: int) -> None:
     digests.in_threads([lambda s=shard: one(s) for shard in shards], threads)  # type: ignore[misc]
 
 
+def store(libc: Any, fd: int, data: memoryview, at: int, direct: bool) -> bool:
+    """Writes to a file that is open past the cache, if `direct`; whether it still is then. Raises
+    OSError."""
+    try:
+        offsets.write(fd, data, at)
+    except OSError as error:
+        if not (direct and error.errno == errno.EINVAL):
+            raise
+        direct = _bypass_cache(fd, False)  # it wants another alignment
+        offsets.write(fd, data, at)
+    if not direct:
+        libc.sync_file_range(fd, at, len(data), _SYNC_WRITE)  # a hint: fsync is what counts
+    return direct
+
+
 def fill(
     pid: int,
     start: int,
@@ -176,11 +195,14 @@ def fill(
             fd = os.open(path, flags)
             try:
                 to = start + shard.start - shards[0].start
-                digest = _fill_shard(libc, pid, to, shard, fd, fresh, algorithm)
+                move = _fill_packed if shard.codec else _fill_shard
+                digest = move(libc, pid, to, shard, fd, fresh, algorithm)
             finally:
                 os.close(fd)
-        except OSError as error:
-            raise LaneError(f"pid {pid}: cannot read {path}: {error.strerror}") from error
+        except packed.Damaged as error:
+            raise LaneError(f"pid {pid}: {path} is damaged: {error}") from error
+        except (OSError, codec.Unavailable) as error:
+            raise LaneError(f"pid {pid}: cannot read {path}: {_reason(error)}") from error
         if digest != shard.digest:
             raise LaneError(
                 f"pid {pid}: {path} is damaged: its contents are not those that were written"
@@ -211,6 +233,64 @@ def _fill_shard(
         if not (fresh and _is_zero(libc, address, size)):
             _move(libc.process_vm_writev, pid, address, to + at, size, "written to")
     return stream.hexdigest()
+
+
+def _fill_packed(
+    libc: Any, pid: int, to: int, shard: Shard, fd: int, fresh: bool, algorithm: str
+) -> str:
+    """The same of a compressed file. Raises packed.Damaged, codec.Unavailable.
+
+    What is decompressed has not been seen to be the right thing yet: it can go nowhere but into a
+    buffer of ours, and a process that it is put into does not run before all was."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return ""
+    decompress = codec.decompressor(shard.codec)
+    sizes, index = packed.read_index(shard.codec, fd, shard.size)
+    stream = digests.Stream(algorithm)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    stored_address, stored = _buffer()
+    address, buffer = _buffer()
+    at = 0
+    for number, (length, size) in enumerate(
+        zip(sizes, packed.chunk_sizes(shard.size), strict=True)
+    ):
+        source = address
+        if length:
+            part = stored[: packed.padded(length)]
+            if offsets.read(fd, part, at) < len(part):
+                return ""
+            stream.update(part)
+            at += len(part)
+            if length == size:
+                source = stored_address
+            elif decompress(stored_address, length, address, size) != size:
+                raise packed.Damaged(f"chunk {number} cannot be decompressed")
+        elif fresh:
+            continue
+        else:
+            buffer[:size] = _ZEROS[:size]
+        _move(libc.process_vm_writev, pid, source, to + number * _CHUNK, size, "written to")
+    stream.update(index)
+    return stream.hexdigest()
+
+
+def sample(pid: int, ranges: list[tuple[int, int]], most: int) -> list[memoryview]:
+    """Copies of up to so many chunks of a process's memory, from all over it, but for those of
+    zeros. Raises LaneError."""
+    libc: Any = ffi.dlopen(None)
+    every = -(-sum(-(-(end - start) // _CHUNK) for start, end in ranges) // most)
+    found: list[memoryview] = []
+    for start, end in ranges:
+        with _opened_pagemap(pid, start, end) as pagemap:
+            for at in range(start, end, every * _CHUNK):
+                size = min(_CHUNK, end - at)
+                if pagemap is not None and _present(pagemap, at, size) == 0:
+                    continue
+                address, buffer = _buffer()
+                _move(libc.process_vm_readv, pid, address, at, size, "read")
+                if not _is_zero(libc, address, size):
+                    found.append(buffer[:size])
+    return found
 
 
 def drop(group: str, ranges: list[tuple[int, int, int]], *, threads: int, seconds: float) -> None:
@@ -292,6 +372,10 @@ def _private_pagemap(pid: int, start: int, end: int) -> Iterator[int]:
             yield pagemap
     except OSError as error:
         raise LaneError(f"pid {pid} has ended, or is ending: {error.strerror}") from error
+
+
+def _reason(error: OSError | codec.Unavailable) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 _ZEROS = memoryview(bytes(_CHUNK))

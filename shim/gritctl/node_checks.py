@@ -192,6 +192,8 @@ def graphics(options: GritOptions, path: str) -> Iterator[Line]:
     yield plugin(options, engine)
     yield _cuda_checkpoint(options, path, engine)
     yield _toolkit()
+    if options.lane_compression != "off":
+        yield compression(options)
 
 
 def node(directory: str) -> Iterator[Line]:
@@ -452,6 +454,19 @@ def _toolkit() -> Line:
             "at a restore", f'set mode = "cdi" in {where}',
         )  # fmt: skip
     return Line("toolkit", PASS, f"mode {mode}{cdi}")
+
+
+def compression(options: GritOptions) -> Line:
+    """Whether the libraries are there for what `lane_compression` asks for."""
+    from shim.cuda import codec
+
+    wanted = options.lane_compression
+    names = list(codec.LIBRARIES) if wanted == "auto" else [wanted]
+    missing = [reason for name in names if (reason := codec.why_not(name))]
+    if not missing:
+        return Line("compression", PASS, f"{', '.join(names)} (asked for: {wanted})")
+    have = ", ".join(name for name in names if not codec.why_not(name)) or "none"
+    return Line("compression", WARN, f"{have}: {'; '.join(missing)}", "install the library")
 
 
 def _cgroups() -> str:

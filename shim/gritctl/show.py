@@ -99,6 +99,7 @@ def describe(one: stored.Stored) -> dict[str, Any]:
             "options": manifest.options,
             "phases": manifest.phases,
             "encrypted": one.encrypted,
+            "compressed": one.compressed,
             "gpu_processes": manifest.cuda_processes,
         }
     if contents:
@@ -225,6 +226,8 @@ def _facts(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "made", f"by {document['written_by']}: it has no checksums"
     if document.get("encrypted"):
         yield "encrypted", f"{document['encrypted']}; what is in the images cannot be shown"
+    if document.get("compressed"):
+        yield "compressed", f"GPU memory, by {document['compressed']}"
     yield "size", output.size(document["bytes"])
     if document["rootfs_diff_bytes"] is not None:
         yield "files changed", output.size(document["rootfs_diff_bytes"]) + " in rootfs-diff.tar"

@@ -11,6 +11,7 @@ from shim import checkpoint_dir
 from shim.checkpoint_dir import CheckpointDirError, ForeignCheckpoint, ManifestError
 from shim.criu_bridge import contents
 from shim.criu_bridge.images import ImageError
+from shim.manifest import NO_COMPRESSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,10 +79,26 @@ class Stored:
             task = tasks.get(inner[-1]) if isinstance(inner, list) and inner else None
             if task is None or not isinstance(lane, list):
                 continue
-            sizes = [one[2] for one in lane if isinstance(one, list) and len(one) == 4]
+            sizes = [one[2] for one in lane if isinstance(one, list) and len(one) in (4, 5)]
             size = sum(size for size in sizes if isinstance(size, int))
             if size:
                 task.memory["device"] = task.memory.get("device", 0) + size
+
+    @property
+    def compressed(self) -> str:
+        """By what, and how much is left of it, where device memory is; else ""."""
+        kind = self.manifest.compression.get("algorithm") if self.manifest else None
+        if not self.manifest or not kind or kind == NO_COMPRESSION:
+            return ""
+        files = self.manifest.files
+        memory = stored = 0
+        for process in self.manifest.cuda_processes:
+            lane = process.get("lane")
+            for one in lane if isinstance(lane, list) else []:
+                match one:
+                    case [str(name), int(), int(size), *_] if name in files:
+                        memory, stored = memory + size, stored + files[name].size
+        return f"{kind}, to {stored / memory:.0%}" if memory else kind
 
     def device_regions(self) -> dict[int, list[tuple[int, int]]]:
         """Where in each process the copy of its device memory lies, by pid in the container."""

@@ -1,10 +1,13 @@
 """`python -m tests.bench.lane DIRECTORY`: what moving a process's memory to files and back costs,
-beside writing and reading files of the same sizes with as many threads. Figures are for reading.
+beside writing and reading files of the same sizes with as many threads; with `--compressions` also
+compressed, and what would be chosen there. Files are read from the disk, not from its cache, to be
+filled in. Figures are for reading.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import mmap
 import os
 import subprocess
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shim import digests
-from shim.cuda import lane
+from shim.cuda import choice, lane
 from shim.cuda.shards import Shard, cut
 from tests.cuda.freezer import Freezer
 
@@ -24,7 +27,19 @@ import ctypes, mmap, os, sys
 memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 if sys.argv[2] == "huge":
     memory.madvise(mmap.MADV_HUGEPAGE)
-piece = os.urandom(1 << 20)
+if sys.argv[3] == "random":
+    piece = os.urandom(1 << 20)
+else:  # a chunk, which is compressed by itself
+    import array, random
+    values = array.array("f", [random.gauss(0, 0.02) for _ in range(1 << 21)]).tobytes()
+    piece = bytearray(1 << 22)
+    piece[0::2], piece[1::2] = values[2::4], values[3::4]  # bfloat16
+    if sys.argv[3] == "padded":
+        for at in range(0, len(piece), 1 << 14):
+            piece[at : at + (1 << 13)] = bytes(1 << 13)
+    elif sys.argv[3] == "sparse":  # float32
+        words = (random.gauss(0, 1e-4) if random.random() < 0.2 else 0 for _ in range(1 << 20))
+        piece = array.array("f", words).tobytes()
 for at in range(0, len(memory), len(piece)):
     memory[at : at + len(piece)] = piece
 print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
@@ -40,11 +55,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--pages", choices=["huge", "small"], default="huge", help="the process's")
+    parser.add_argument(
+        "--data", choices=["random", "weights", "padded", "sparse"], default="random"
+    )
+    parser.add_argument("--compressions", nargs="*", default=["off"], help="off, lz4, zstd")
     parser.add_argument("--algorithms", nargs="*", default=[digests.XXH3, digests.SHA256])
     options = parser.parse_args()
     size = int(options.gib * (1 << 30))
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", _CHILD, str(size), options.pages]
+    command = [sys.executable, "-c", _CHILD, str(size), options.pages, options.data]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
         assert child.stdout
         start = int(child.stdout.readline())
@@ -65,9 +84,21 @@ def measure(
     timed(f"{said} plain files, written", end - start, lambda: plain(place, shards, threads, True))
     timed(f"{said} plain files, read", end - start, lambda: plain(place, shards, threads, False))
     clear(place)
-    for algorithm in options.algorithms:
+    if options.compressions != ["off"]:
+        began = time.monotonic()
+        codec, why = choice.choose(
+            pid,
+            wanted="auto",
+            ranges=[(start, end)],
+            directory=str(place),
+            threads=threads,
+            direct=options.direct,
+        )
+        took = time.monotonic() - began
+        print(f"{said} chosen: {codec or 'off'}, in {took:.2f} s: {why}", flush=True)
+    for algorithm, codec in itertools.product(options.algorithms, options.compressions):
 
-        def write(name: str = algorithm) -> list[Shard]:
+        def write(name: str = algorithm, codec: str = codec) -> list[Shard]:
             return lane.write(
                 pid,
                 start,
@@ -77,17 +108,30 @@ def measure(
                 threads=threads,
                 direct=options.direct,
                 algorithm=name,
+                compression="" if codec == "off" else codec,
             )
 
         def fill(made: list[Shard], name: str = algorithm) -> None:
             lane.fill(pid, start, str(place), made, threads=threads, fresh=True, algorithm=name)
 
-        made = timed(f"{said} memory written, {algorithm}", end - start, write)
-        timed(f"{said} memory filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
+        how = f"{algorithm}, {codec}"
+        made = timed(f"{said} memory written, {how}", end - start, write)
+        stored = sum((place / shard.name).stat().st_blocks * 512 for shard in made)
+        print(f"{said} on the disk: {stored / (end - start):.0%}", flush=True)
+        forget(place)
+        timed(f"{said} memory filled, {how}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
         with group.frozen():
             lane.drop(group.directory, [(pid, start, end)], threads=threads, seconds=60)
-        timed(f"{said} dropped, then filled, {algorithm}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
+        timed(f"{said} dropped, then filled, {how}", end - start, lambda m=made: fill(m))  # type: ignore[misc]
         clear(place)
+
+
+def forget(place: Path) -> None:
+    """Has nothing of the files in the page cache."""
+    for path in place.glob("lane-*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
 
 def plain(place: Path, shards: list[Shard], threads: int, write: bool) -> None:

@@ -115,3 +115,13 @@ def freezer() -> Iterator[Freezer]:
     made = Freezer(f"grit-test-{os.getpid()}")
     yield made
     made.remove()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """16 MiB of it."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)

@@ -106,7 +106,8 @@ def test_no_secret_lies_there_and_all_comes_back(
 def test_by_ctr(gpu_node: Place, start_job: StartJob, key: Path) -> None:
     """`ctr container checkpoint` packs the encrypted files into an image of containerd's."""
     node, _ = gpu_node
-    configure(node, **PLAIN, encryption_key_command=["/bin/cat", KEY])
+    compressed = {"lane_compression": "lz4"}
+    configure(node, **PLAIN, **compressed, encryption_key_command=["/bin/cat", KEY])
     job = start_job(runtime=GRIT)
     before = job.next_report()
     job.checkpoint_container("local/saved:1")

@@ -22,6 +22,7 @@ from tests.e2e.failpoints import held, told
 from tests.e2e.faults import Direct, checkpointing
 from tests.e2e.gpu import STATUS, configure, go_on, honouring, restored_by_annotation, until
 from tests.e2e.marks import on_13, on_forky
+from tests.e2e.test_gritctl_stored import gritctl
 from tests.simgpu import simgpu
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def lane_bytes(node: Node, images: str) -> int:
     assert {s[0] for s in shards} == {
         entry.name for entry in node.path(images).iterdir() if entry.name.startswith("lane-")
     }
-    return sum(size for _, _, size, _ in shards)
+    return sum(size for _, _, size, *_ in shards)
 
 
 def test_goes_on_with_its_memory_filled_in_again(
@@ -154,12 +155,13 @@ def test_what_a_failed_dump_left_is_filled_in_by_the_resume(
 
 
 @on_forky
+@pytest.mark.parametrize("compression", ["off", "zstd"])
 def test_what_could_not_be_filled_in_is_before_the_next_dump(
-    gpu_node: Place, start_job: StartJob, images: str
+    gpu_node: Place, start_job: StartJob, images: str, compression: str
 ) -> None:
     """Else that would have zeros in its place, and be taken for a checkpoint."""
     node, _ = gpu_node
-    configure(node, **SETTINGS)
+    configure(node, **SETTINGS, lane_compression=compression)
     job = start_job(runtime=honouring(node))
     before = job.next_report()
     with Direct(job) as shim:
@@ -173,6 +175,12 @@ def test_what_could_not_be_filled_in_is_before_the_next_dump(
     go_on(before, job.next_report())
     left = {entry.name for entry in node.path(images).parent.iterdir()}
     assert left == {"checkpoint", "checkpoint-before", "rootfs-diff.tar"}
+    assert manifest(node, images).get("compression", {}) == (
+        {} if compression == "off" else {"algorithm": "zstd", "why": "configured"}
+    )
+    place = images.removesuffix("/checkpoint")
+    assert ("by zstd, to " in gritctl(node, "show", place)) == (compression == "zstd")
+    gritctl(node, "verify", place)
     job.end()
     go_on(before, restored_by_annotation(start_job, images).next_report())
 
