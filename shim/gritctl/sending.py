@@ -2,19 +2,23 @@
 
 Nobody tells when a file is written to its end, so this guesses: a chunk is sent once the file has
 data everywhere in it, and what was sent is remembered by its digest. When the images are published
-each chunk is read once more, and sent again where it has become another. So right does not depend
-on the guess, only how little is left to send while the container stands still. A chunk always goes
-by the same stream: a later one cannot be overtaken by an earlier one.
+each chunk is read once more, and sent again where it has become another. Only the pages are not,
+which CRIU and the lane write from front to end: what they have gone past is settled. Should that
+not hold, the other node finds it by the manifest's digests, and the container runs on here.
+
+A chunk always goes by the same stream: a later one cannot be overtaken by an earlier one.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import threading
+import time
 import zlib
 
-from shim import checkpoint_dir, digests, offsets
+from shim import checkpoint_dir, digests, lane, offsets
 from shim.gritctl import wire
 from shim.gritctl.saving import SavingError
 from shim.gritctl.wire import Connection, PeerFailed, WireError
@@ -29,10 +33,13 @@ if TYPE_CHECKING:
     Jobs = queue.SimpleQueue["Job | None"]
 
 _LOOK_SECONDS = 0.02
+_REST = 50
+"""How many times as long as a look took (on a processor) there is none."""
 _ANSWER_SECONDS = 30.0
 _REASON_SECONDS = 5.0
 _MANIFEST = f"{checkpoint_dir.IMAGES}/{MANIFEST}"
 _DRAFT = f".{checkpoint_dir.IMAGES}."  # how the name of the shim's own draft begins
+_APPENDED = tuple(f"{checkpoint_dir.IMAGES}/{prefix}" for prefix in ("pages-", lane.PREFIX))
 
 
 class InDoubt(Exception):
@@ -50,7 +57,8 @@ class Job:
 
 class Sending:
     """One checkpoint to the node at the other end of `control` and `streams`; `there` is its name
-    for messages. The node has `seconds` to restore it, during which the container stands still."""
+    for messages. The node has `seconds` to restore it, during which the container stands still.
+    `encrypted` images are written in any order."""
 
     def __init__(
         self,
@@ -60,6 +68,8 @@ class Sending:
         container: str,
         there: str,
         seconds: float,
+        *,
+        encrypted: bool = False,
     ) -> None:
         self.bytes = 0
         """Sent so far."""
@@ -67,7 +77,10 @@ class Sending:
         self._display, self._container, self._there = display, container, there
         self._seconds = seconds
         self._algorithm = _algorithm()
+        self._appended = () if encrypted else _APPENDED
         self._sent: dict[tuple[str, int], bytes] = {}
+        self._settled: dict[tuple[str, int], int] = {}
+        """In which inode."""
         self._failure: Exception | None = None
         self._committed = False
         self._lock = threading.Lock()
@@ -170,18 +183,24 @@ class Sending:
 
     def _look(self) -> None:
         begun: dict[str, int] = {}
+        took = 0.0
         try:
-            while not self._stopped.wait(_LOOK_SECONDS):
-                found = list(_files(self._top))
-                published = (_MANIFEST, _MANIFEST) in found
-                for name, path in found:
+            while not self._stopped.wait(max(_LOOK_SECONDS, _REST * took)):
+                began = time.thread_time()
+                found = dict(_files(self._top))
+                published = found.get(_MANIFEST) == _MANIFEST
+                for name in begun.keys() - found.keys():  # taken back; another may come
+                    del begun[name]
+                    self._unsettle(name)
+                for name, path in found.items():
                     inside = "/" in name
                     if inside and self._looked.is_set():
                         continue
                     try:
+                        size = self._size(path)
                         if inside and published:
-                            self._put_all(name, path, self._size(path))
-                        else:
+                            self._put_all(name, path, size)
+                        elif size >= wire.CHUNK:
                             begun[name] = self._put_written(name, path, begun.get(name, 0))
                     except FileNotFoundError:
                         if inside and published:
@@ -189,6 +208,7 @@ class Sending:
                         # Renamed meanwhile, or taken back.
                 if published:
                     self._looked.set()
+                took = time.thread_time() - began
         except OSError as error:
             self._fail(error)
 
@@ -198,17 +218,22 @@ class Sending:
         fd = self._open(path)
         try:
             while True:
-                start, end = number * wire.CHUNK, (number + 1) * wire.CHUNK
-                try:
-                    if os.lseek(fd, start, os.SEEK_HOLE) >= end:
-                        self._put(Job(name, path, number, final=False))
-                    else:
-                        os.lseek(fd, end, os.SEEK_DATA)  # it goes on behind: zeros, until later
-                except OSError:  # ENXIO: nothing is there yet
-                    return number
-                number += 1
+                whole = os.lseek(fd, number * wire.CHUNK, os.SEEK_HOLE) // wire.CHUNK
+                while number < whole:
+                    self._put(Job(name, path, number, final=False))
+                    number += 1
+                behind = os.lseek(fd, (number + 1) * wire.CHUNK, os.SEEK_DATA)
+                number = max(number + 1, behind // wire.CHUNK)  # zeros between, until later
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return number  # nothing is there yet
         finally:
             os.close(fd)
+
+    def _unsettle(self, name: str) -> None:
+        for key in [key for key in list(self._settled) if key[0] == name]:
+            self._settled.pop(key, None)
 
     def _put_all(self, name: str, path: str, size: int) -> None:
         for number in range(-(-size // wire.CHUNK)):
@@ -237,23 +262,30 @@ class Sending:
                 raise
             return  # renamed: it comes again
         try:
+            file = os.fstat(fd)
+            if job.final and self._settled.get(key) == file.st_ino:
+                return
             if job.final and key not in self._sent:
-                size = min(os.fstat(fd).st_size - start, wire.CHUNK)
+                size = min(file.st_size - start, wire.CHUNK)
                 if offsets.is_hole(fd, start, size):
                     stream.send("hole", file=job.name, offset=start, length=size)
                     return
+            settled = job.name.startswith(self._appended) and not offsets.is_hole(
+                fd, start + wire.CHUNK, wire.CHUNK
+            )  # asked before it is read
             chunk = buffer[: offsets.read(fd, buffer, start)]
         finally:
             os.close(fd)
         digest = digests.new(self._algorithm)
         digest.update(chunk)
         found = digest.digest()
-        if self._sent.get(key) == found:
-            return
-        stream.send("chunk", chunk, file=job.name, offset=start)
-        self._sent[key] = found
-        with self._lock:
-            self.bytes += len(chunk)
+        if self._sent.get(key) != found:
+            stream.send("chunk", chunk, file=job.name, offset=start)
+            self._sent[key] = found
+            with self._lock:
+                self.bytes += len(chunk)
+        if settled:
+            self._settled[key] = file.st_ino
 
     def _open(self, path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)

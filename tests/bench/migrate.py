@@ -1,7 +1,7 @@
 """`python -m tests.bench.migrate`: how fast TLS carries a checkpoint over the loopback, by the
 number of streams; and how long a container stands still that moves between two nodes of this
-machine, beside a checkpoint, a copy and a restore one after the other. All is in memory. Figures
-are for reading.
+machine, beside a checkpoint, the same sending and a restore one after the other, and beside a
+checkpoint, `cp` and a restore. The ways take turns. All is in memory. Figures are for reading.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from shim import checkpoint_dir, digests
@@ -28,14 +31,20 @@ from shim.gritctl.sending import Sending
 from tests.e2e import gpu
 from tests.e2e.conftest import running
 from tests.gritctl.certificates import authority, certificate
+from tests.nodes.installed import ENVIRONMENT
 from tests.test_checkpoint_dir import a_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from shim.gritctl.wire import Connection
     from tests.nodes.node import Node
 
+    Way = Callable[[Node, Node], dict[str, float]]
+
 GIB = 1 << 30
 PLACE = "/var/lib/checkpoints"
+KEYS = "/etc/grit-keys"
 HERE, THERE, PORT = "10.98.0.1", "10.98.0.2", 7433
 _HOUR = "3600000"
 
@@ -47,6 +56,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--without-nodes", action="store_true")
+    parser.add_argument("--ways", nargs="*", choices=_WAYS, default=_WAYS)
+    parser.add_argument("--gbit", type=float, default=0, help="of the wire; unlimited if 0")
+    parser.add_argument("--kinds", nargs="*", choices=_KINDS, default=_KINDS)
     options = parser.parse_args()
     if options.serve:
         return serve(Path(options.serve))
@@ -54,7 +66,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as top:
         over_the_loopback(Path(top), size, options.streams, options.rounds)
     if not options.without_nodes:
-        between_nodes(size, options.rounds)
+        between_nodes(
+            size,
+            options.rounds,
+            options.kinds,
+            [globals()[one] for one in options.ways],
+            options.gbit,
+        )
     return None
 
 
@@ -167,45 +185,75 @@ def serve(top: Path) -> None:
 
 # --- nodes --------------------------------------------------------------------------------
 
+_KINDS = ("plain", "gpu")
+_WAYS = ("moved", "sent_afterwards", "copied_afterwards")
 
-def between_nodes(size: int, rounds: int) -> None:
+
+def between_nodes(size: int, rounds: int, kinds: list[str], ways: list[Way], gbit: float) -> None:
     options: dict[str, Any] = {"binds": gpu.kit_binds(), "env": gpu.ENVIRONMENT_OF_GRIT}
     with running("forky", **options) as here, running("forky", **options) as there:
-        wired(here, there)
+        wired(here, there, gbit)
         boards = [gpu.gpu_of(node, capacity=size + (64 << 20)) for node in (here, there)]
         for node in (here, there):
             gpu.configure(node, checksum="xxh3")
-        kinds = {
-            "plain memory": ["--kind", "cpu", "--cpu-bytes", str(size)],
-            "simulated GPU": ["--kind", "hold", "--bytes", str(size)],
+        jobs = {
+            "plain": ["--kind", "cpu", "--cpu-bytes", str(size)],
+            "gpu": ["--kind", "hold", "--bytes", str(size)],
         }
-        for kind, words in kinds.items():
+        for kind in kinds:
+            taken: dict[str, list[dict[str, float]]] = {}
             for _ in range(rounds):
-                for way in (moved, one_after_the_other):
-                    job = gpu.Job(here, boards[0], "job", "--tick-ms", _HOUR, *words)
+                for way in ways:
+                    job = gpu.Job(here, boards[0], "job", "--tick-ms", _HOUR, *jobs[kind])
                     done = job.try_run()
                     assert done.returncode == 0, done.stderr
                     status = job.rootfs() / gpu.STATUS.lstrip("/")
                     gpu.until("its first word", lambda: status.exists() and status.read_text(), 120)  # noqa: B023
-                    print(f"{kind}, {way(here, there)}", flush=True)
+                    for node in (here, there):
+                        node.path(PLACE).mkdir()
+                    used = processors_used(here, there)
+                    found = way(here, there)
+                    used = processors_used(here, there) - used
+                    found = {"in all": sum(found.values()), "processors": used, **found}
+                    taken.setdefault(way.__name__, []).append(found)
+                    print(f"{kind}, {way.__name__}: {told(found)}", flush=True)
                     for node, board in zip((here, there), boards, strict=True):
                         gpu.Job(node, board, "job").end()
                         shutil.rmtree(node.path(PLACE))
+            for name, figures in taken.items():
+                medians = {key: median([one[key] for one in figures]) for key in figures[0]}
+                print(f"{kind}, {name}, median of {rounds}: {told(medians)}", flush=True)
 
 
-def wired(here: Node, there: Node) -> None:
+def processors_used(*nodes: Node) -> float:
+    """Seconds, of all that runs or ran in the nodes, and of this process."""
+    mine = os.times()
+    total = mine.user + mine.system
+    for node in nodes:
+        (root,) = node.cgroup_roots()
+        facts = dict(line.split() for line in (root / "cpu.stat").read_text().splitlines())
+        total += int(facts["usage_usec"]) / 1e6
+    return total
+
+
+def wired(here: Node, there: Node, gbit: float) -> None:
     with tempfile.TemporaryDirectory() as directory:
         top = Path(directory)
         authority(top)
         certificate(top, "node", HERE, THERE)
         for node in (here, there):
-            shutil.copytree(top, node.path("/etc/grit-keys"))
+            shutil.copytree(top, node.path(KEYS))
     add = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "--", "ip", "link", "add", "wire"]
     peer = ["type", "veth", "peer", "name", "wire", "netns", str(there.pid)]
     subprocess.run([*add, *peer], check=True)
     for node, address in ((here, HERE), (there, THERE)):
         node.run(["ip", "addr", "add", f"{address}/24", "dev", "wire"])
         node.run(["ip", "link", "set", "wire", "up"])
+        if gbit:
+            shape = f"tc qdisc add dev wire root tbf rate {gbit}gbit burst 1mb latency 20ms"
+            subprocess.run(
+                ["nsenter", f"--net=/proc/{node.pid}/ns/net", "--", *shape.split()], check=True
+            )
 
 
 def phases(text: str) -> dict[str, float]:
@@ -217,33 +265,92 @@ def told(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
 
 
-def moved(here: Node, there: Node) -> str:
-    files = [f"--tls-{what}=/etc/grit-keys/{name}" for what, name in _FILES.items()]
-    there.path(PLACE).mkdir()
+@contextmanager
+def receiving(there: Node) -> Iterator[None]:
+    """Ends when the container runs there."""
     listen = ["gritctl", "receive", "--once", "--listen", f"{THERE}:{PORT}", "--directory", PLACE]
-    with there.popen([*listen, *files], stdout=subprocess.PIPE) as receiver:
+    with there.popen([*listen, *_KEYS], stdout=subprocess.PIPE) as receiver:
         assert receiver.stdout
         receiver.stdout.readline()
-        words = ["gritctl", "migrate", "--json", "job", "--to", f"{THERE}:{PORT}", *files]
-        found = phases(here.run(words, timeout=600).stdout)
+        try:
+            yield
+        except BaseException:
+            receiver.send_signal(signal.SIGTERM)
+            raise
         receiver.communicate(timeout=60)
-    end = found.pop("end")
-    return f"migrate: {sum(found.values()):.2f} s ({told(found)}); then end {end:.2f}"
 
 
-_FILES = {"cert": "node.crt", "key": "node.key", "ca": "ca.crt"}
+_KEYS = [
+    f"--tls-{what}={KEYS}/{name}"
+    for what, name in {"cert": "node.crt", "key": "node.key", "ca": "ca.crt"}.items()
+]
 
 
-def one_after_the_other(here: Node, there: Node) -> str:
-    words = ["gritctl", "checkpoint", "--exit", "--json", "job", "--to", f"{PLACE}/job"]
-    found = phases(here.run(words, timeout=600).stdout)
+def moved(here: Node, there: Node) -> dict[str, float]:
+    """`gritctl migrate`. Until the container runs there; what is ended here comes after that."""
+    with receiving(there):
+        words = ["gritctl", "migrate", "--json", "job", "--to", f"{THERE}:{PORT}", *_KEYS]
+        found = phases(here.run(words, timeout=600).stdout)
+    found.pop("end")
+    return found
+
+
+def sent_afterwards(here: Node, there: Node) -> dict[str, float]:
+    """A checkpoint; sent, as by `gritctl migrate`, once it is whole; restored."""
+    found = saved(here)
+    with receiving(there):
+        python = f"{ENVIRONMENT}/bin/python"
+        done = here.run([python, "-Ic", _SEND, f"{PLACE}/job", THERE, str(PORT), KEYS], timeout=600)
+    return found | json.loads(done.stdout)
+
+
+_SEND = """
+import json, os, sys
+from shim import config, digests
+from shim.gritctl import migrate, progress, tls, wire
+from shim.gritctl.sending import Sending
+directory, there, port, keys = sys.argv[1:]
+files = [f"{keys}/{one}" for one in ("node.crt", "node.key", "ca.crt")]
+context = tls.context(*files, server=False)
+dump = json.load(open(f"{directory}/config.dump"))
+id_, ours = os.urandom(16).hex(), dump["grit"]
+opened = [migrate._dialled(there, int(port), context) for _ in range(1 + min(4, os.cpu_count()))]
+opened[0].send(
+    "begin", version=wire.VERSION, id=id_, name=dump["id"], image=dump["rootfsImageName"], room=0,
+    snapshotter=ours["snapshotter"], parent=ours["parent"],
+    checksum=digests.algorithm(config.load()[1]),
+)
+opened[0].expect("ready")
+for one in opened[1:]:
+    one.send("join", id=id_)
+    one.expect("ready")
+class Seconds(progress.Display):
+    def ended(self, phase, *, ok):
+        took[phase.name] = phase.seconds
+took = {}
+sending = Sending(opened[0], opened[1:], Seconds(), dump["id"], there, 600)
+sending.follow(directory)
+sending.deliver(lambda: None)
+sending.close()
+print(json.dumps(took))
+"""
+
+
+def copied_afterwards(here: Node, there: Node) -> dict[str, float]:
+    """A checkpoint; copied, with neither TLS nor a network; restored."""
+    found = saved(here)
     began = time.monotonic()
-    shutil.copytree(here.path(PLACE), there.path(PLACE))
-    found["copy (cp, no TLS)"] = time.monotonic() - began
+    shutil.copytree(here.path(f"{PLACE}/job"), there.path(f"{PLACE}/job"))
+    found["copy"] = time.monotonic() - began
     began = time.monotonic()
     there.run(["gritctl", "restore", f"{PLACE}/job"], timeout=600)
     found["restore"] = time.monotonic() - began
-    return f"one after the other: {sum(found.values()):.2f} s ({told(found)})"
+    return found
+
+
+def saved(node: Node) -> dict[str, float]:
+    words = ["gritctl", "checkpoint", "--exit", "--json", "job", "--to", f"{PLACE}/job"]
+    return phases(node.run(words, timeout=600).stdout)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shim import checkpoint_dir, digests
+from shim import checkpoint_dir, digests, offsets
 from shim.checkpoint_dir import CheckpointDirError, Draft
 from shim.gritctl import progress, receive, tls, wire
 from shim.gritctl.arrival import Arrival, ArrivalError
@@ -111,13 +111,17 @@ class Place(Receiver):
         stream.send("join", id=ID)
         return stream
 
-    def sending(self, streams: int = 3, seconds: float = 60.0) -> Sending:
+    def sending(
+        self, streams: int = 3, seconds: float = 60.0, *, encrypted: bool = False
+    ) -> Sending:
         control = self.begun()
         control.expect("ready")
         opened = [self.joined() for _ in range(streams)]
         for one in opened:
             one.expect("ready")
-        return Sending(control, opened, progress.Display(), NAME, "there", seconds)
+        return Sending(
+            control, opened, progress.Display(), NAME, "there", seconds, encrypted=encrypted
+        )
 
     def end(self) -> None:
         for thread in self.threads:
@@ -175,35 +179,86 @@ def test_a_checkpoint_arrives_whole(place: Place, source: Draft) -> None:
     assert {mode for mode, _ in everything(arrived).values()} <= {0o600, 0o644}
 
 
-def test_it_is_sent_while_it_is_written_and_what_changed_again(
-    place: Place, source: Draft, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first chunk of a file is changed once it has been sent."""
-    one = place.sending(streams=1)
-    sent = threading.Event()
-    send = Connection.send
+class Watched:
+    """Who waits for the first chunk of a file to be sent, and counts how often it was read."""
 
-    def watched(self: Connection, op: str, data: Any = b"", **facts: Any) -> None:
-        send(self, op, data, **facts)
-        if op == "chunk" and facts["file"] == "checkpoint/pages-1.img":
-            sent.set()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.sent, self.read = threading.Event(), 0
+        send, read = Connection.send, offsets.read
 
-    monkeypatch.setattr(Connection, "send", watched)
-    one.follow(source.path)
+        def sending(one: Connection, op: str, data: Any = b"", **facts: Any) -> None:
+            send(one, op, data, **facts)
+            if op == "chunk" and facts["file"] == f"checkpoint/{name}" and not facts["offset"]:
+                self.sent.set()
+
+        def reading(fd: int, buffer: memoryview, at: int) -> int:
+            self.read += not at and os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) == name
+            return read(fd, buffer, at)
+
+        monkeypatch.setattr(Connection, "send", sending)
+        monkeypatch.setattr(offsets, "read", reading)
+
+
+def begun_images(source: Draft, name: str) -> Draft:
+    """With a file that is written past its first chunk."""
     images = Draft.begin(os.path.join(source.path, checkpoint_dir.IMAGES))
     Path(images.path, "inventory.img").write_bytes(b"inventory")
-    with open(os.path.join(images.path, "pages-1.img"), "wb", buffering=0) as pages:
-        pages.write(b"1" * LARGE)
-        assert sent.wait(30), "nothing is sent before it is published"
-        pages.seek(10)
-        pages.write(b"2")
+    Path(images.path, name).write_bytes(b"1" * LARGE)
+    return images
+
+
+def arrives(place: Place, source: Draft, images: Draft, one: Sending) -> None:
     images.publish(a_manifest())
     source.publish_whole()
     one.deliver(idle)
     one.close()
     place.end()
     assert everything(Path(place.directory, NAME)) == everything(Path(source.final))
+
+
+@pytest.mark.parametrize(("name", "encrypted"), [("memory.img", False), ("pages-1.img", True)])
+def test_it_is_sent_while_it_is_written_and_what_changed_again(
+    place: Place, source: Draft, monkeypatch: pytest.MonkeyPatch, name: str, encrypted: bool
+) -> None:
+    """The first chunk of a file is changed once it has been sent."""
+    watched = Watched(monkeypatch, name)
+    one = place.sending(streams=1, encrypted=encrypted)
+    images = begun_images(source, name)
+    one.follow(source.path)
+    assert watched.sent.wait(30), "nothing is sent before it is published"
+    with open(os.path.join(images.path, name), "r+b") as file:
+        file.seek(10)
+        file.write(b"2")
+    arrives(place, source, images, one)
     assert one.bytes > LARGE, "the changed chunk goes twice"
+
+
+@pytest.mark.parametrize("name", ["pages-1.img", "lane-1-0-0.img"])
+def test_what_is_written_from_front_to_end_is_read_once(
+    place: Place, source: Draft, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    watched = Watched(monkeypatch, name)
+    one = place.sending(streams=1)
+    images = begun_images(source, name)
+    one.follow(source.path)
+    assert watched.sent.wait(30)
+    arrives(place, source, images, one)
+    assert watched.read == 1
+
+
+def test_a_file_that_took_the_place_of_another_is_sent_anew(
+    place: Place, source: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device memory is written again where a process took up CUDA meanwhile."""
+    watched = Watched(monkeypatch, "lane-1-0-0.img")
+    one = place.sending(streams=1)
+    images = begun_images(source, "lane-1-0-0.img")
+    one.follow(source.path)
+    assert watched.sent.wait(30)
+    other = Path(images.path, "new")
+    other.write_bytes(b"2" * LARGE)
+    other.rename(Path(images.path, "lane-1-0-0.img"))
+    arrives(place, source, images, one)
 
 
 def test_holes_are_not_sent(place: Place, source: Draft) -> None:
