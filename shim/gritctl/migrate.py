@@ -9,7 +9,7 @@ import time
 
 import click
 
-from shim import checkpoint_dir, config, digests
+from shim import checkpoint_dir, config, digests, sealed
 from shim.gritctl import containerd, output, progress, saving, stored, targets, tls, wire
 from shim.gritctl.cli import FAILED, INTERRUPTED
 from shim.gritctl.interrupts import Interrupted, Interrupts
@@ -19,6 +19,7 @@ from shim.gritctl.wire import Connection, WireError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.gritctl.targets import Target
+    from shim.sealed import Key
 
 _ANSWER_SECONDS = 30.0
 _MOST_STREAMS = 16
@@ -84,6 +85,7 @@ def command(
     """
     host, port = _address(there)
     context = tls.context(tls_cert, tls_key, tls_ca, server=False)
+    key = sealed.key(config.load()[1])
     with containerd.Containerd(address, namespace) as connection:
         found, pod = targets.find(connection, name)
         if pod:
@@ -111,8 +113,8 @@ def command(
         try:
             with Interrupts() as interrupts:
                 sending = Sending(
-                    *_connect(connection, target, host, port, context, new_name, streams),
-                    display, target.id, there, timeout,
+                    *_connect(connection, target, host, port, context, new_name, streams, key),
+                    display, target.id, there, timeout, encrypted=key is not None,
                 )  # fmt: skip
                 saving.Saving(
                     connection,
@@ -151,6 +153,7 @@ def _connect(
     context: ssl.SSLContext,
     new_name: str | None,
     streams: int,
+    key: Key | None,
 ) -> tuple[Connection, list[Connection]]:
     """The control connection and the streams, once the other node has said that it could take the
     container. Raises MigrateError."""
@@ -170,6 +173,7 @@ def _connect(
                     snapshotter=container.snapshotter,
                     parent=saving.parent_of(connection, container),
                     checksum=digests.algorithm(config.load()[1]),
+                    key=key.identity if key else "",
                     room=sum(map(saving.memory_of, connection.pids(target.id))),
                 )
             else:

@@ -14,7 +14,7 @@ import threading
 
 import click
 
-from shim import digests
+from shim import config, digests, sealed, signing
 from shim.checkpoint_dir import CheckpointDirError
 from shim.gritctl import containerd, restore, tls, wire
 from shim.gritctl.arrival import Arrival, ArrivalError
@@ -288,6 +288,7 @@ class Receiver:
         snapshotter, parent = wire.text(facts, "snapshotter"), wire.text(facts, "parent")
         image = wire.text(facts, "image")
         restore.require_image(self.containerd, snapshotter, parent, image, name)
+        _require_key(wire.text(facts, "key"))
 
     def _restoring(self, place: str, name: str) -> restore.Restoring:
         log = os.path.join(self._logs, f"{name}.log") if self._logs else ""
@@ -302,6 +303,15 @@ class Receiver:
         except CheckpointDirError as error:
             return f"{done}, but {error}"
         return done
+
+
+def _require_key(identity: str) -> None:
+    """Raises ArrivalError where what is encrypted with that key could not be restored."""
+    if identity:
+        try:
+            sealed.key_for(config.load()[1], identity)
+        except (sealed.SealError, signing.SigningError) as error:
+            raise ArrivalError(f"its checkpoint is encrypted, and here {error}") from error
 
 
 def _sizes(facts: dict[str, Any]) -> dict[str, int]:

@@ -3,7 +3,8 @@
 A message is two lengths, a JSON object of the first, and bytes of the second. `op` says what it is:
 
     hello    said by who listens, once it knows who calls
-    begin    control, first: id, name, image, snapshotter, parent, room, checksum -> ready
+    begin    control, first: id, name, image, snapshotter, parent, room, checksum,
+             key (the identity of what encrypts, "" for none)             -> ready
     join     a stream, first: id                                          -> ready
     chunk    a stream: file, offset, and the bytes
     hole     a stream: file, offset, length: zeros
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-VERSION = 1
+VERSION = 2
 CHUNK = 8 << 20
 """Bytes that a message carries at most. Chunks begin at its multiples."""
 

@@ -3,6 +3,7 @@ a wire: it goes on there with its values, or runs on here."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.e2e import gpu
 from tests.e2e.conftest import running
 from tests.e2e.gpu import configure, go_on, until
 from tests.e2e.marks import on_forky
+from tests.e2e.test_encrypted import KEY, give_key
 from tests.e2e.test_gpu_checkpoint import unbroken
 from tests.e2e.test_gpu_pause import hold_criu, signal_all
 from tests.e2e.test_gritctl_help import examples
@@ -80,6 +82,8 @@ def places(gpu_node: Place, far: Place, keys: Path) -> Iterator[tuple[Node, Node
     for node in (here, there):
         shutil.rmtree(node.path(PLACE))
         shutil.rmtree(node.path(KEYS))
+        shutil.rmtree(node.path(KEY).parent, ignore_errors=True)
+        configure(node)
     assert left == [[], []], "each test removes what it has found"
 
 
@@ -118,10 +122,14 @@ def nothing_there(far: Place) -> None:
     assert node.ctr("task", "ls", "-q").stdout == node.ctr("container", "ls", "-q").stdout == ""
 
 
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
 def test_a_job_moves(
-    gpu_node: Place, places: tuple[Node, Node], far: Place, start_job: StartJob
+    gpu_node: Place, places: tuple[Node, Node], far: Place, start_job: StartJob, encrypted: bool
 ) -> None:
     here, there = places
+    for node in places if encrypted else ():
+        give_key(node)
+        configure(node, encryption_key_file=KEY)
     job = start_job()
     before = job.next_report()
     there_leaks = there.leaks()
@@ -138,6 +146,8 @@ def test_a_job_moves(
     go_on(before, again.next_report())
     unbroken(again)
     assert sum(far[1].owners().values()) == 4 << 20
+    manifest = there.path(f"{PLACE}/job/checkpoint/grit.json").read_text()
+    assert bool(json.loads(manifest)["encryption"]) == encrypted
     assert "can be restored on this node" in gritctl(there, "verify", f"{PLACE}/job")
     again.end()
     assert not there.leaks() - there_leaks
@@ -183,6 +193,11 @@ def test_what_is_refused_there_runs_on_here(
     runs_on(job, gpu_node[1])
     nothing_there(far)
     # and what is not there is told before anything is done
+    give_key(here)
+    configure(here, encryption_key_file=KEY)
+    text = migrate(here, status=1)
+    assert "its checkpoint is encrypted, and here the key is " in text
+    assert "grit.toml names none" in text and "Nothing was done to it" in text
     there.run(["mkdir", f"{PLACE}/job"])
     text = migrate(here, status=1)
     assert f"there is a {PLACE}/job already. Nothing was done to it" in text

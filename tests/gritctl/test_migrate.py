@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shim import checkpoint_dir, digests, offsets
+from shim import checkpoint_dir, config, digests, offsets, sealed
 from shim.checkpoint_dir import CheckpointDirError, Draft
+from shim.config import GritOptions
 from shim.gritctl import progress, receive, tls, wire
 from shim.gritctl.arrival import Arrival, ArrivalError
 from shim.gritctl.interrupts import Interrupts
@@ -102,7 +103,8 @@ class Place(Receiver):
 
     def begun(self, *, room: int = 0, name: str = NAME) -> Connection:
         control = self.dialled()
-        words = {"image": "", "snapshotter": "", "parent": "", "checksum": digests.SHA256}
+        words = dict.fromkeys(("image", "snapshotter", "parent", "key"), "")
+        words["checksum"] = digests.SHA256
         control.send("begin", version=wire.VERSION, id=ID, name=name, room=room, **words)
         return control
 
@@ -558,6 +560,24 @@ def test_no_room_is_told_before_anything_is_done(place: Place) -> None:
         control.expect("ready")
     control.close()
     nothing_left(place)
+
+
+def test_what_cannot_be_decrypted_is_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GritOptions()
+    monkeypatch.setattr(config, "load", lambda: ("", settings))  # as it is then
+    receive._require_key("")  # it is not encrypted
+    with pytest.raises(ArrivalError, match=r"its checkpoint is encrypted.* names none"):
+        receive._require_key("abc")
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    (tmp_path / "key").chmod(0o600)
+    settings = GritOptions(encryption_key_file=str(tmp_path / "key"))
+    with pytest.raises(ArrivalError, match="the key is abc, and those here are"):
+        receive._require_key("abc")
+    mine = sealed.key(settings)
+    assert mine
+    receive._require_key(mine.identity)
 
 
 def test_another_peer_cannot_join(place: Place) -> None:
