@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--checksum", choices=[digests.XXH3, digests.SHA256], default=digests.XXH3)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--without-nodes", action="store_true")
     parser.add_argument("--ways", nargs="*", choices=_WAYS, default=_WAYS)
@@ -64,22 +65,16 @@ def main() -> None:
         return serve(Path(options.serve))
     size = int(options.gib * GIB)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as top:
-        over_the_loopback(Path(top), size, options.streams, options.rounds)
+        over_the_loopback(Path(top), size, options.streams, options.rounds, options.checksum)
     if not options.without_nodes:
-        between_nodes(
-            size,
-            options.rounds,
-            options.kinds,
-            [globals()[one] for one in options.ways],
-            options.gbit,
-        )
+        between_nodes(size, options)
     return None
 
 
-def over_the_loopback(top: Path, size: int, streams: list[int], rounds: int) -> None:
+def over_the_loopback(top: Path, size: int, streams: list[int], rounds: int, checksum: str) -> None:
     authority(top)
     certificate(top, "localhost")
-    checkpoint = made(top / "here", size)
+    checkpoint = made(top / "here", size, checksum)
     for count in [one for one in streams for _ in range(rounds)]:
         (top / "there").mkdir(mode=0o700)
         command = [sys.executable, "-m", "tests.bench.migrate", "--serve", str(top)]
@@ -88,7 +83,7 @@ def over_the_loopback(top: Path, size: int, streams: list[int], rounds: int) -> 
             port = int(server.stdout.readline())
             context = keys(top, server=False)
             sender = Sending(
-                *connected(port, context, count), progress.Display(), "one", "there", 600
+                *connected(port, context, count, checksum), progress.Display(), "one", "there", 600
             )
             began = time.monotonic()
             sender.follow(str(checkpoint))
@@ -122,7 +117,7 @@ def keys(top: Path, *, server: bool) -> ssl.SSLContext:
     return tls.context(*files, server=server)
 
 
-def made(directory: Path, size: int) -> Path:
+def made(directory: Path, size: int, checksum: str) -> Path:
     draft = Draft.begin(str(directory))
     images = Draft.begin(os.path.join(draft.path, checkpoint_dir.IMAGES))
     Path(images.path, "inventory.img").write_bytes(b"inventory")
@@ -130,21 +125,19 @@ def made(directory: Path, size: int) -> Path:
     with open(os.path.join(images.path, "pages-1.img"), "wb") as file:
         for _ in range(size // len(piece)):
             file.write(piece)
-    images.publish(a_manifest(), algorithm=digests.XXH3)
+    images.publish(a_manifest(), algorithm=checksum)
     Path(draft.path, checkpoint_dir.CONFIG_DUMP).write_text("{}")
     draft.publish_whole()
     return directory
 
 
 def connected(
-    port: int, context: ssl.SSLContext, streams: int
+    port: int, context: ssl.SSLContext, streams: int, checksum: str
 ) -> tuple[Connection, list[Connection]]:
     id_ = os.urandom(16).hex()
     control = _dialled("localhost", port, context)
     facts: dict[str, Any] = {"id": id_, "name": "one", "room": 0, "version": wire.VERSION}
-    control.send(
-        "begin", **facts, image="", snapshotter="", parent="", checksum=digests.XXH3, key=""
-    )
+    control.send("begin", **facts, image="", snapshotter="", parent="", checksum=checksum, key="")
     control.expect("ready")
     opened = [_dialled("localhost", port, context) for _ in range(streams)]
     for one in opened:
@@ -191,20 +184,21 @@ _KINDS = ("plain", "gpu")
 _WAYS = ("moved", "sent_afterwards", "copied_afterwards")
 
 
-def between_nodes(size: int, rounds: int, kinds: list[str], ways: list[Way], gbit: float) -> None:
+def between_nodes(size: int, asked: argparse.Namespace) -> None:
+    ways: list[Way] = [globals()[one] for one in asked.ways]
     options: dict[str, Any] = {"binds": gpu.kit_binds(), "env": gpu.ENVIRONMENT_OF_GRIT}
     with running("forky", **options) as here, running("forky", **options) as there:
-        wired(here, there, gbit)
+        wired(here, there, asked.gbit)
         boards = [gpu.gpu_of(node, capacity=size + (64 << 20)) for node in (here, there)]
         for node in (here, there):
-            gpu.configure(node, checksum="xxh3")
+            gpu.configure(node, checksum=asked.checksum)
         jobs = {
             "plain": ["--kind", "cpu", "--cpu-bytes", str(size)],
             "gpu": ["--kind", "hold", "--bytes", str(size)],
         }
-        for kind in kinds:
+        for kind in asked.kinds:
             taken: dict[str, list[dict[str, float]]] = {}
-            for _ in range(rounds):
+            for _ in range(asked.rounds):
                 for way in ways:
                     job = gpu.Job(here, boards[0], "job", "--tick-ms", _HOUR, *jobs[kind])
                     done = job.try_run()
@@ -225,7 +219,7 @@ def between_nodes(size: int, rounds: int, kinds: list[str], ways: list[Way], gbi
                         shutil.rmtree(node.path(PLACE))
             for name, figures in taken.items():
                 medians = {key: median([one[key] for one in figures]) for key in figures[0]}
-                print(f"{kind}, {name}, median of {rounds}: {told(medians)}", flush=True)
+                print(f"{kind}, {name}, median of {asked.rounds}: {told(medians)}", flush=True)
 
 
 _COPIES = 4
