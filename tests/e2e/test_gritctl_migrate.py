@@ -193,14 +193,14 @@ def test_what_is_refused_there_runs_on_here(
     runs_on(job, gpu_node[1])
     nothing_there(far)
     # and what is not there is told before anything is done
+    there.run(["mkdir", f"{PLACE}/job"])
+    text = migrate(here, status=1)
+    assert f"there is a {PLACE}/job already. Nothing was done to it" in text
+    there.run(["rmdir", f"{PLACE}/job"])
     give_key(here)
     configure(here, encryption_key_file=KEY)
     text = migrate(here, status=1)
     assert "its checkpoint is encrypted, and here the key is " in text
     assert "grit.toml names none" in text and "Nothing was done to it" in text
-    there.run(["mkdir", f"{PLACE}/job"])
-    text = migrate(here, status=1)
-    assert f"there is a {PLACE}/job already. Nothing was done to it" in text
-    there.run(["rmdir", f"{PLACE}/job"])
     receiver.send_signal(signal.SIGTERM)
     receiver.communicate(timeout=30)
