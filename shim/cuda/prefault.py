@@ -106,11 +106,19 @@ def _next_stop(tid: int, over: threading.Event) -> int:
 def _make(pid: int, tid: int, start: int, size: int, threads: int) -> None:
     before = _resident(pid)
     if _has_huge_pages(pid):
-        with calling(tid) as caller, suppress(TraceError):  # a kernel without them
-            caller.call(_MADVISE, start, size, _ADVISE_HUGE)
+        with suppress(TraceError):  # a kernel without them
+            _ask_for_huge_pages(tid, start, size)
         _touch(pid, start, size, _HUGE, threads)
     if _resident(pid) - before < size // 2:  # there are none, or not enough of them
         _touch(pid, start, size, mmap.PAGESIZE, threads)
+
+
+def _ask_for_huge_pages(tid: int, start: int, size: int) -> None:
+    try:
+        with calling(tid) as caller:
+            caller.call(_MADVISE, start, size, _ADVISE_HUGE)
+    finally:
+        ptrace.settle(tid)  # for as long as the touching takes
 
 
 def _has_huge_pages(pid: int) -> bool:

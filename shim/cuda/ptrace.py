@@ -19,7 +19,7 @@ from shim.cuda._ptrace import ffi
 
 # By number: linux/ptrace.h
 _SEIZE, _INTERRUPT, _LISTEN, _DETACH = 0x4206, 0x4207, 0x4208, 17
-_SYSCALL, _SINGLESTEP, _GET_SYSCALL_INFO = 24, 9, 0x420E
+_CONT, _SYSCALL, _SINGLESTEP, _GET_SYSCALL_INFO = 7, 24, 9, 0x420E
 _GETREGSET, _SETREGSET, _GETSIGMASK, _SETSIGMASK = 0x4204, 0x4205, 0x420A, 0x420B
 _TRACE_SYSCALL_GOOD = 1
 _EVENT_STOP = 128
@@ -109,6 +109,17 @@ def system_call(tid: int, status: int) -> SystemCall | None:
 def step(tid: int) -> None:
     """Lets a stopped thread do one instruction. Raises TraceError."""
     _ptrace(_SINGLESTEP, tid)
+
+
+def settle(tid: int) -> None:
+    """Moves a thread on from the stop after a step, where the signal that made it stop is still to
+    be handed to it: the kernel would do so, and end the process, were our thread to end. Where it
+    stands then, the thread would just go on. Raises TraceError."""
+    interrupt(tid)
+    status = 0
+    while status >> 16 != _EVENT_STOP:
+        _ptrace(_CONT, tid, data=ffi.cast("void *", signal_due(status)))
+        status = wait(tid, STOP_SECONDS)
 
 
 def wait(tid: int, seconds: float) -> int:

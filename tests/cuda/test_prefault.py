@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,39 @@ def test_whoever_watches_is_killed(mapper: Mapper) -> None:
         os.kill(watcher, signal.SIGKILL)
         os.waitpid(watcher, 0)
     assert mapper.map()["Rss"]
+
+
+@pytest.mark.parametrize("huge", [True, False], ids=["huge pages", "small pages"])
+def test_whoever_makes_the_memory_is_killed(
+    mapper: Mapper, monkeypatch: pytest.MonkeyPatch, huge: bool
+) -> None:
+    """That takes the better part of a second for what a GPU has. The thread goes on by itself."""
+    told, tell = os.pipe()
+
+    def hang(*_: object) -> None:
+        os.write(tell, b"!")
+        signal.pause()
+
+    monkeypatch.setattr(prefault, "_touch", hang)
+    monkeypatch.setattr(prefault, "_has_huge_pages", lambda pid: huge)
+    watcher = os.fork()
+    if not watcher:
+        with prefaulted(mapper.pid, mapper.tid, MIB, 2):
+            os.write(tell, b"?")
+            signal.pause()
+    try:
+        os.read(told, 1)
+        with ThreadPoolExecutor(1) as pool:
+            mapped = pool.submit(mapper.map)
+            os.read(told, 1)
+            os.kill(watcher, signal.SIGKILL)
+            assert mapped.result(30)["Rss"]
+    finally:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+        os.close(told)
+        os.close(tell)
+    assert mapper.process.poll() is None
 
 
 def traced_by(tid: int) -> int:
