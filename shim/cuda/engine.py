@@ -369,7 +369,9 @@ class _Suspend:
     def prefault(self, process: Process) -> str:
         if not (self.policy.prefault and process.restore_tid):
             return ""
-        return ",".join(map(str, (process.restore_tid, *self.policy.prefault)))
+        known = process.held_bytes or 0
+        enough = known - known // 16  # a part of what NVML counts may stay where it is
+        return ",".join(map(str, (process.restore_tid, *self.policy.prefault, enough)))
 
     def undone(self, error: Exception) -> CudaError:
         """Puts everything back and tells what became of it."""

@@ -34,9 +34,12 @@ _PIECE = 128 << 20
 
 
 @contextmanager
-def prefaulted(pid: int, tid: int, least: int, threads: int) -> Iterator[list[str]]:
+def prefaulted(
+    pid: int, tid: int, least: int, threads: int, enough: int = 0
+) -> Iterator[list[str]]:
     """As long as this lasts, memory of `least` bytes or more that thread `tid` of a process maps
-    and wants to have at once is made by `threads` of ours.
+    and wants to have at once is made by `threads` of ours. Once that are `enough` bytes in all, if
+    that is known, the thread is left alone: it stops at each of its calls while it is watched.
 
     Raises nothing: what is yielded has, afterwards, the reasons why that was not done."""
     failures: list[str] = []
@@ -49,7 +52,7 @@ def prefaulted(pid: int, tid: int, least: int, threads: int) -> Iterator[list[st
             try:
                 status = ptrace.wait(tid, ptrace.STOP_SECONDS)
                 ready.set()
-                due = ptrace.signal_due(_followed(pid, tid, status, least, threads, over))
+                due = ptrace.signal_due(_followed(pid, tid, status, least, threads, enough, over))
             finally:
                 ptrace.let_go(tid, due)
         except (TraceError, OSError) as error:
@@ -68,10 +71,16 @@ def prefaulted(pid: int, tid: int, least: int, threads: int) -> Iterator[list[st
 
 
 def _followed(
-    pid: int, tid: int, status: int, least: int, threads: int, over: threading.Event
+    pid: int,
+    tid: int,
+    status: int,
+    least: int,
+    threads: int,
+    enough: int,
+    over: threading.Event,
 ) -> int:
     """The wait status of its last stop."""
-    length = 0
+    length = made = 0
     while not over.is_set():
         ptrace.resume_to_call(tid, status)
         status = _next_stop(tid, over)
@@ -88,6 +97,9 @@ def _followed(
                 ptrace.set_registers(tid, changed)
         elif length and call.result > 0:
             _make(pid, tid, call.result, length, threads)
+            made += length
+            if enough and made >= enough:
+                break
     return status
 
 

@@ -103,6 +103,17 @@ def test_in_huge_pages(mapper: Mapper, made: list[tuple[int, int]]) -> None:
     assert traced_by(mapper.tid) == 0
 
 
+def test_no_more_than_is_enough(mapper: Mapper, made: list[tuple[int, int]]) -> None:
+    """Then the thread is watched no longer."""
+    with prefaulted(mapper.pid, mapper.tid, MIB, 2, SIZE + MIB) as failures:
+        mapper.map()
+        assert traced_by(mapper.tid) != 0
+        mapper.map()
+        until(lambda: traced_by(mapper.tid) == 0)
+        mapper.map()
+    assert failures == [] and len(made) == 2
+
+
 def test_without_huge_pages(
     mapper: Mapper, made: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
