@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,15 +79,7 @@ def test_counter(
 
 @pytest.mark.parametrize(
     ("engine", "megabytes"),
-    [
-        ("driver", 512),
-        ("driver", 2048),
-        ("driver", 8192),
-        ("plugin", 8192),
-        ("driver", 16384),
-        ("driver", 61440),
-        ("plugin", 61440),
-    ],
+    itertools.product(["driver", "plugin"], [512, 2048, 8192, 16384, 61440]),
 )
 def test_sizes(
     machine: Machine,
@@ -99,7 +92,7 @@ def test_sizes(
     if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < (megabytes << 20) * 2.2:
         pytest.skip("no memory for the process and its images")
     machine.configure(engine=engine, lock_timeout=30)
-    row = there_and_back(job("hold.py", str(megabytes)), images)
+    row = there_and_back(job("hold.py", str(megabytes)), images, announce=True)
     results.row(f"{megabytes} MiB tensor", row)
     assert row["bytes"] >= megabytes << 20
 
