@@ -71,7 +71,7 @@ gpu-test:  ## on a machine with an NVIDIA GPU and PyTorch, with the kit: the tes
 demo: nodes  ## a GPU container checkpointed and restored before your eyes
 	$(PY) -m tests.demo
 
-bench: nodes  ## beside the stock shim and runc, some 20 minutes; writes into docs/
+bench: nodes  ## beside the stock shim and runc, some ten minutes; writes into docs/
 	$(PY) -m tests.bench
 
 matrix: nodes  ## every fault in every phase, some 13 minutes; writes docs/fault-matrix.md

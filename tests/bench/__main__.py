@@ -1,5 +1,5 @@
 """`python -m tests.bench`: what grit costs beside the stock shim and runc, on nodes of its own.
-Takes some twenty minutes, says what it is doing, and writes results, tables and plot into docs/;
+Takes some ten minutes, says what it is doing, and writes results, tables and plot into docs/;
 figures are for reading, none makes it fail. With `--from FILE` it measures nothing and writes anew
 what stands in that file.
 """

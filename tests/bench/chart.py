@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 470, 300  # of a panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 40, 64
 _TICKS = 4
+_NAME = 52  # of a size, as it is written
 
 # Okabe and Ito's colours, which people with any sight for colours tell apart.
 _COLOURS = ("#999999", "#0072B2", "#D55E00", "#009E73")
@@ -55,9 +56,12 @@ def _panel(title: str, sides: dict[str, Points]) -> str:
         parts.append(f'<path d="M{x:.1f} {y:.1f}h{across}" stroke="#dddddd"/>')
         parts.append(_text(x - 6, y + 4, f"{seconds:g}", anchor="end"))
     parts.append(_text(_LEFT - 6, _TOP - 8, "s", anchor="end"))
-    for size in sorted({size for points in sides.values() for size, _ in points}):
+    named = float(WIDTH) + _NAME
+    for size in sorted({size for points in sides.values() for size, _ in points}, reverse=True):
         x, y = at(size, 0)
-        parts.append(_text(x, y + 18, f"{size:g} GiB", anchor="middle"))
+        if named - x >= _NAME:  # small sizes stand close together
+            parts.append(_text(x, y + 18, f"{size:g} GiB", anchor="middle"))
+            named = x
     legend = float(_LEFT)
     for (name, points), colour in zip(sides.items(), _COLOURS, strict=False):
         middles = [(size, statistics.median(taken)) for size, taken in points]

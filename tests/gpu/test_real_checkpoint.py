@@ -79,7 +79,7 @@ def test_counter(
 
 @pytest.mark.parametrize(
     ("engine", "megabytes"),
-    itertools.product(["driver", "plugin"], [512, 2048, 8192, 16384, 61440]),
+    list(itertools.product(["driver", "plugin"], [512, 2048, 8192, 16384, 61440])),
 )
 def test_sizes(
     machine: Machine,
