@@ -118,7 +118,7 @@ def damage_manifest_bit(copy: Path) -> str:
 def damage_version(copy: Path) -> str:
     path = copy / "checkpoint/grit.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 7', 1))
-    return "is of format 7, and this grit reads formats 1 to 3"
+    return "is of format 7, and this grit reads formats 1 to 4"
 
 
 def damage_manifest(copy: Path) -> str:
