@@ -473,7 +473,7 @@ def _held(container: Container) -> bool:
     """Whether what is dropped can wait for the thaw."""
     try:
         lane.hold(container)
-    except OSError as error:
+    except (OSError, patience.DiskHangs) as error:
         log.warning("device memory is filled in now", id=container.id, reason=error)
         return False
     return True

@@ -151,15 +151,31 @@ def moved(container: Container, directory: str) -> None:
 
 def hold(container: Container) -> None:
     """Opens the files of what is dropped, so that they can be filled in whatever becomes of them
-    while the container waits for its Resume. Raises OSError, with none open."""
+    while the container waits for its Resume. Raises OSError or patience.DiskHangs, with none
+    open."""
+    paths = {
+        shard.name: os.path.join(process.dropped_to, shard.name)
+        for process in _dropped(container)
+        for shard in process.lane
+    }
+    if paths:
+        container.held = patience.within(
+            container.config.dump_timeout,
+            "the lane's files were not opened",
+            lambda: _opened(paths),
+        )
+
+
+def _opened(paths: dict[str, str]) -> dict[str, int]:
+    found: dict[str, int] = {}
     try:
-        for process in _dropped(container):
-            for shard in process.lane:
-                path = os.path.join(process.dropped_to, shard.name)
-                container.held[shard.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        for name, path in paths.items():
+            found[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        container.close_held()
+        for fd in found.values():
+            os.close(fd)
         raise
+    return found
 
 
 def is_dropped(container: Container) -> bool:
@@ -345,14 +361,17 @@ def _write(container: Container, driver: Driver, took: list[Process], directory:
 
 def _check(container: Container, driver: Driver, took: list[Process], directory: str) -> None:
     """Whether what was written before the freeze is what is there. Raises CudaError or OSError:
-    then CRIU is to move it, who reads it now."""
+    then CRIU is to move it, who reads it now. patience.DiskHangs where nobody can say."""
     before = [process for process in took if process.lane]
     if not before:
         return
     began = time.monotonic()
+    patience.within(
+        container.config.dump_timeout,
+        f"{directory}: the lane's files were not found",
+        lambda: [os.stat(os.path.join(directory, s.name)) for p in before for s in p.lane],
+    )
     for process in before:
-        for shard in process.lane:
-            os.stat(os.path.join(directory, shard.name))
         for shards in _ranges(process.lane):
             driver.lane_check(
                 process.pid,
