@@ -6,6 +6,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,24 +67,43 @@ Write = Callable[..., list[Shard]]
 
 @pytest.fixture
 def write(memory: Memory, tmp_path: Path) -> Write:
-    def written(name: str, direct: bool = False) -> list[Shard]:
-        return lane.write(
-            ME,
-            memory.start,
-            memory.end,
-            str(tmp_path),
-            "lane-1-",
-            threads=2,
-            direct=direct,
-            algorithm=digests.XXH3,
-            compression=name,
-        )
-
-    return written
+    return partial(written, memory, tmp_path)
 
 
-def fill(target: Memory, place: Path, shards: list[Shard], fresh: bool = True) -> None:
-    lane.fill(ME, target.start, str(place), shards, threads=2, fresh=fresh, algorithm=digests.XXH3)
+def written(
+    source: Memory,
+    place: Path,
+    name: str,
+    direct: bool = False,
+    *,
+    threads: int = 2,
+    algorithm: str = digests.XXH3,
+) -> list[Shard]:
+    return lane.write(
+        ME,
+        source.start,
+        source.end,
+        str(place),
+        "lane-1-",
+        threads=threads,
+        direct=direct,
+        algorithm=algorithm,
+        compression=name,
+    )
+
+
+def fill(
+    target: Memory,
+    place: Path,
+    shards: list[Shard],
+    fresh: bool = True,
+    *,
+    threads: int = 2,
+    algorithm: str = digests.XXH3,
+) -> None:
+    lane.fill(
+        ME, target.start, str(place), shards, threads=threads, fresh=fresh, algorithm=algorithm
+    )
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
@@ -122,23 +142,11 @@ def test_zeros_are_in_no_file_and_are_not_put_into_fresh_memory(
 ) -> None:
     source = Memory(3 * CHUNK)
     source.put(1, bytes(CHUNK))
-    shards = lane.write(
-        ME,
-        source.start,
-        source.end,
-        str(tmp_path),
-        "lane-",
-        threads=1,
-        direct=False,
-        algorithm=digests.SHA256,
-        compression=name,
-    )
+    shards = written(source, tmp_path, name, threads=1, algorithm=digests.SHA256)
     (shard,) = shards
     assert (tmp_path / shard.name).stat().st_size == 4096  # the index
     monkeypatch.setattr(lane, "_move", lambda *given: pytest.fail("it was moved"))
-    lane.fill(
-        ME, source.start, str(tmp_path), shards, threads=1, fresh=True, algorithm=digests.SHA256
-    )
+    fill(source, tmp_path, shards, threads=1, algorithm=digests.SHA256)
 
 
 def test_the_helper_compresses_and_decompresses(

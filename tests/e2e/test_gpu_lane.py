@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.gpu import Job
     from tests.nodes.node import Node
-    from tests.simgpu.simgpu import SimGpu
+    from tests.simgpu.simgpu import Report, SimGpu
 
     Place = tuple[Node, SimGpu]
     StartJob = Callable[..., Job]
@@ -59,6 +59,13 @@ def traced(pid: int) -> Iterator[None]:
         tracer.communicate()
 
 
+def begin(node: Node, start_job: StartJob, *words: str) -> tuple[Job, Report]:
+    """A job whose memory goes by the lane, and what it said of itself."""
+    configure(node, **SETTINGS)
+    job = start_job(*words, runtime=honouring(node))
+    return job, job.next_report()
+
+
 def manifest(node: Node, images: str) -> Any:
     return json.loads(node.path(f"{images}/grit.json").read_text())
 
@@ -83,9 +90,7 @@ def test_goes_on_with_its_memory_filled_in_again(
     gpu_node: Place, start_job: StartJob, images: str
 ) -> None:
     node, board = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job("--procs", "ctx,ctx", runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job, "--procs", "ctx,ctx")
     job.checkpoint_task(images)
     assert job.status() == "RUNNING"
     assert board.library.state(job.pid()) == (simgpu.SUCCESS, simgpu.RUNNING)
@@ -122,9 +127,7 @@ def test_what_could_not_be_filled_in_is_by_the_next_resume(
     """Until then the container stands still: nothing of it is to find out. Its files are held
     open, whoever removes them."""
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job(runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job)
     with Direct(job) as shim:
         shim.call("Pause")
         shim.checkpoint(images)
@@ -144,9 +147,7 @@ def test_what_a_failed_dump_left_is_filled_in_by_the_resume(
 ) -> None:
     """The files are all there is of the memory: the draft is kept until then."""
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job(runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job)
     with told(node, "publish", "raise"), told(node, "refill", "raise"):
         done = job.checkpoint_task(images, check=False)  # ctr resumes, whatever came of it
     assert done.returncode != 0
@@ -200,9 +201,7 @@ def test_written_before_the_freeze_where_it_is_announced(
     gpu_node: Place, start_job: StartJob, images: str, announcing: Callable[..., Any]
 ) -> None:
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job("--procs", "ctx,ctx", runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job, "--procs", "ctx,ctx")
     with Direct(job) as shim, ThreadPoolExecutor(1) as calls:
         with announcing(job), held(node, "lane") as lane:
             pause = calls.submit(shim.call, "Pause")
@@ -230,9 +229,7 @@ def test_what_has_changed_since_it_was_written_is_moved_by_criu(
     gpu_node: Place, start_job: StartJob, images: str, announcing: Callable[..., Any]
 ) -> None:
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job(runtime=honouring(node))
-    job.next_report()
+    job, _ = begin(node, start_job)
     with Direct(job) as shim:
         with announcing(job):
             shim.call("Pause")
@@ -260,9 +257,7 @@ def test_what_was_announced_and_never_came_leaves_nothing(
 ) -> None:
     """Neither where no Checkpoint follows, nor where it names another directory."""
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job(runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job)
     beside = node.path(images).parent
     with Direct(job) as shim:
         for other in ("", f"{images}-other"):
@@ -301,9 +296,7 @@ def test_where_nothing_can_be_dropped_criu_moves_it(
 ) -> None:
     """Another tracer has a thread of the container's."""
     node, _ = gpu_node
-    configure(node, **SETTINGS)
-    job = start_job(runtime=honouring(node))
-    before = job.next_report()
+    job, before = begin(node, start_job)
     mark = len(node.containerd_log())
     with held(node, "drop") as drop, held(node, "dump") as dump:
         client = checkpointing(job, images)

@@ -41,6 +41,15 @@ def same(before: Line, after: Line, names: Sequence[str] = TENSORS) -> None:
         assert after[name] == before[name], name
 
 
+def reports(file: Path) -> list[Line]:
+    """All complete ones of a workload, oldest first; empty while there is none."""
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+
 class Job:
     """One container from its start to its removal, checkpoints and restores in between."""
 
@@ -106,11 +115,7 @@ class Job:
 
     def lines(self, name: str = "status") -> list[Line]:
         """All complete reports, oldest first; empty while there is none."""
-        try:
-            text = (self.shared / name).read_text()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        return reports(self.shared / name)
 
     def next(self, count: int = 3, name: str = "status", seconds: float = 60) -> Line:
         """The last of `count` reports that come from now on."""

@@ -4,7 +4,6 @@ machine itself or one that it plays, the agent, and the kubelet's part against i
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from tests.e2e.kube.control_plane import BINARIES, KUBECONFIG, ControlPlane
 from tests.e2e.kube.control_plane import HOME as PLANE
 from tests.e2e.pods.kubelet import EXITED, IMAGE, PAUSE, Kubelet, Pod
 from tests.gpu import kube_kit, machine
-from tests.gpu.job import Line, until
+from tests.gpu.job import Line, reports, until
 from tests.gpu.machine import Machine
 
 if TYPE_CHECKING:
@@ -190,21 +189,15 @@ def _python() -> list[str]:
     return ["env", path, str(machine.ENVIRONMENT / "bin/python")]
 
 
-def lines(file: Path) -> list[Line]:
-    """What a workload has reported."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-
-
 def reported(file: Path, pod: Pod) -> Line:
     """The last of three reports that come from now on."""
-    wanted = len(lines(file)) + 3
+    wanted = len(reports(file)) + 3
 
     def there() -> bool:
-        return len(lines(file)) >= wanted or pod.status("main").state == EXITED
+        return len(reports(file)) >= wanted or pod.status("main").state == EXITED
 
     until("reports of the workload", there, 90, every=0.05)
-    found = lines(file)
+    found = reports(file)
     assert len(found) >= wanted, [f"{pod.name} has ended", *pod.log("main")[-20:]]
     return found[-1]
 

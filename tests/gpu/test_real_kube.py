@@ -12,8 +12,8 @@ import pytest
 
 from tests.gpu import kube
 from tests.gpu.conftest import HOME, TMPFS
-from tests.gpu.job import same, until
-from tests.gpu.kube import lines, reported
+from tests.gpu.job import reports, same, until
+from tests.gpu.kube import reported
 from tests.gpu.machine import gpu_devices
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def test_the_quick_start(machine: Machine, results: Results, criu: str, images: 
         after = reported(status, successor)
         restored = in_phase(plane, "restore", "Restored", log)
         restore = time.monotonic() - began
-        assert lines(status)[-1]["pid"] == before["pid"]
+        assert reports(status)[-1]["pid"] == before["pid"]
         same(before, after)
         # From its state, not from its start: then it would have counted from 1 again.
-        counters = [line["counter"] for line in lines(status)]
+        counters = [line["counter"] for line in reports(status)]
         assert counters.count(1) == 1
         successor.remove()
     results.finding(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from shim import places
 from tests.gpu import kube
-from tests.gpu.job import same, until
+from tests.gpu.job import reports, same, until
 from tests.gpu.machine import HOME, Machine, prepare
 from tests.gpu.played import PlayedNode
 
@@ -215,7 +215,7 @@ def _move(
         transcript.say("$ kubectl delete pod train                 # CRI on node-a")
         first.remove()
         until("device memory is free", lambda: cards.used(cards.of[0]) <= idle[0] + (64 << 20))
-        ended = len(kube.lines(status))
+        ended = len(reports(status))
 
         transcript.say("$ kubectl apply -f packaging/kubernetes/examples/restore.yaml")
         plane.apply((kube.EXAMPLES / "restore.yaml").read_text())
@@ -239,10 +239,10 @@ def _move(
             watch.end()
     same(before, after, constant)
     # From its state, not from its start: then it would have counted from 1 again.
-    reports = kube.lines(status)
-    assert [line["counter"] for line in reports].count(1) == 1
-    assert {line["pid"] for line in reports} == {before["pid"]}
-    assert len(reports) > ended
+    lines = reports(status)
+    assert [line["counter"] for line in lines].count(1) == 1
+    assert {line["pid"] for line in lines} == {before["pid"]}
+    assert len(lines) > ended
     if cards.of[0] != cards.of[1]:
         assert cards.used(cards.of[1]) > idle[1]
         assert cards.used(cards.of[0]) <= idle[0] + (64 << 20)
