@@ -13,7 +13,7 @@ import fcntl
 import os
 from contextlib import contextmanager
 
-from shim import places
+from shim import group, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def announcing(namespace: str, container: str, directory: str) -> Iterator[None]
         yield
     finally:
         if file is not None:
-            _forget(path)
+            group.unlink(path)
             os.close(file)
 
 
@@ -52,7 +52,7 @@ def directory(namespace: str, container: str) -> str:
         return ""
     finally:
         os.close(file)
-    _forget(path)  # of a client that was killed
+    group.unlink(path)  # of a client that was killed
     return ""
 
 
@@ -66,16 +66,10 @@ def _written(path: str, text: str) -> int:
         os.write(file, os.fsencode(text))
         os.rename(new, path)
     except OSError:
+        group.unlink(new)
         os.close(file)
         raise
     return file
-
-
-def _forget(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass  # another client's has taken its place, and has gone
 
 
 def _path(namespace: str, container: str) -> str:

@@ -8,9 +8,9 @@
 
 The order is the whole point: a frozen process cannot answer the CUDA driver, so every driver
 call is made while the container runs, and so is what need not be done while it stands still. A
-Checkpoint without a Pause before it does all three. Each
-function here leaves the container as it found it when it fails, and says so if it could not.
-All of them are called with the container's lock held.
+Checkpoint without a Pause before it does all three. Each function here leaves the container as it
+found it when it fails, and says so if it could not. All of them are called with the container's
+lock held.
 """
 
 from __future__ import annotations
@@ -258,7 +258,6 @@ def suspend_and_freeze(container: Container, draft: checkpoint_dir.Draft | None)
         for _ in range(_ROUNDS):
             failpoint.reach("lock")
             suspension = gpu.suspend(container, driver)
-            began = time.monotonic()
             frozen = False
             try:
                 if draft is not None:

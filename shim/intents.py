@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import time
 
-from shim import bundle, cri, log, places
+from shim import bundle, cri, group, log, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _answer(container: Container) -> dict[str, Any]:
     deadline = time.monotonic() + limit
     question, answer = _path(container, QUESTION), _path(container, ANSWER)
     try:
-        _forget(answer)
+        group.unlink(answer)
         bundle.replace(question, "", mode=0o600)
         while time.monotonic() < deadline:
             try:
@@ -127,8 +127,8 @@ def _answer(container: Container) -> dict[str, Any]:
             except FileNotFoundError:
                 time.sleep(_LOOK_SECONDS)
     finally:
-        _forget(question)
-        _forget(answer)
+        group.unlink(question)
+        group.unlink(answer)
     raise Unanswered(
         f"container {container.id}: a Restore is pending in its namespace, and the node's agent "
         f"has not said within {limit:g} s whether it means this pod. Nothing was started; the "
@@ -140,10 +140,3 @@ def _answer(container: Container) -> dict[str, Any]:
 
 def _path(container: Container, kind: str) -> str:
     return os.path.join(places.INTENTS, container.id + kind)
-
-
-def _forget(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -34,7 +34,7 @@ from shim.manifest import NO_COMPRESSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from shim.container import Container, Restore
     from shim.cuda.driver import Driver
@@ -199,7 +199,8 @@ def refill(container: Container) -> None:
                 continue
             try:
                 directory, algorithm = process.dropped_to, digests.algorithm(container.config)
-                _filled(container, driver, process, directory, algorithm, held=container.held)
+                held = container.held
+                _filled(container, driver, process, directory, algorithm, fresh=False, held=held)
             except (CudaError, OSError) as error:
                 where = f"{process.dropped_to}/{PREFIX}*"
                 if container.held:
@@ -227,7 +228,7 @@ def fill_restored(container: Container, found: Restore) -> None:
             if process is not None:
                 process.pid = pid
                 algorithm = found.manifest.files[process.lane[0].name].algorithm
-                _filled(container, driver, process, found.images, algorithm)
+                _filled(container, driver, process, found.images, algorithm, fresh=True)
     if wanted:
         lost = ", ".join(map(str, wanted.values()))
         raise CudaError(f"{lost}: not among the restored processes", {})
@@ -290,10 +291,9 @@ def _names(manifest: Manifest) -> list[str]:
 def _set_digests(manifest: Manifest, found: dict[str, str]) -> None:
     for plain in manifest.cuda_processes:
         shards = Process.from_dict(plain).lane
-        plain["lane"] = [
-            Shard(s.name, s.start, s.size, found.get(s.name, s.digest), s.codec).plain()
-            for s in shards
-        ]
+        for shard in shards:
+            shard.digest = found.get(shard.name, shard.digest)
+        plain["lane"] = [shard.plain() for shard in shards]
 
 
 def let_run(container: Container, directory: str) -> None:
@@ -452,10 +452,11 @@ def _filled(
     process: Process,
     directory: str,
     algorithm: str,
-    held: dict[str, int] | None = None,
+    *,
+    fresh: bool,
+    held: Mapping[str, int] = {},
 ) -> None:
-    """`held` are those of the files that are open, by name; None where the memory is that of a new
-    process."""
+    """`held` are the files, by name, where they are open: then they may be in no directory."""
     for shards in _ranges(process.lane):
         names = shards
         if held:
@@ -467,7 +468,7 @@ def _filled(
             directory,
             names,
             threads=gpu.threads(container.config),
-            fresh=held is None,
+            fresh=fresh,
             held=bool(held),
             algorithm=algorithm,
             timeout=container.config.dump_timeout,

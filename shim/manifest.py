@@ -213,8 +213,15 @@ class Manifest:
             phases=document.table("phases").numbers(),
             mounts=[_read_mount(mount) for mount in document.tables("mounts", optional=True)],
             devices=document.texts("devices", optional=True),
-            encryption=_read_encryption(document, needed=number == FORMAT_ENCRYPTED),
-            compression=_read_compression(document, needed=number == FORMAT_COMPRESSED),
+            encryption=_read_treatment(
+                document,
+                "encryption",
+                ("algorithm", "key", "id"),
+                needed=number == FORMAT_ENCRYPTED,
+            ),
+            compression=_read_treatment(
+                document, "compression", ("algorithm", "why"), needed=number == FORMAT_COMPRESSED
+            ),
             files=_read_files(document.table("files")),
         )
 
@@ -335,18 +342,14 @@ def _read_cpu(document: _Reader) -> dict[str, str]:
     return {key: table.text(key) for key in ("architecture", "model", "instructions")}
 
 
-def _read_encryption(document: _Reader, *, needed: bool) -> dict[str, str]:
-    if "encryption" not in document.value and not needed:
+def _read_treatment(
+    document: _Reader, name: str, keys: tuple[str, ...], *, needed: bool
+) -> dict[str, str]:
+    """What was done to the files: {} where there is no word of it, unless the format says so."""
+    if name not in document.value and not needed:
         return {}
-    table = document.table("encryption")
-    return {key: table.text(key) for key in ("algorithm", "key", "id")}
-
-
-def _read_compression(document: _Reader, *, needed: bool) -> dict[str, str]:
-    if "compression" not in document.value and not needed:
-        return {}
-    table = document.table("compression")
-    return {key: table.text(key) for key in ("algorithm", "why")}
+    table = document.table(name)
+    return {key: table.text(key) for key in keys}
 
 
 def _read_mount(mount: _Reader) -> dict[str, str]:

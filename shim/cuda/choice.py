@@ -96,7 +96,7 @@ def choose(
     if wanted != AUTO:
         reason = codec.why_not(wanted)
         return (NONE, reason) if reason else (wanted, "configured")
-    missing = {name: reason for name in codec.LIBRARIES if (reason := codec.why_not(name))}
+    missing = codec.missing()
     if len(missing) == len(codec.LIBRARIES):
         return NONE, "; ".join(missing.values())
     chunks = lane.sample(pid, ranges, min(_CHUNKS * threads, _MOST_CHUNKS))

@@ -12,7 +12,7 @@ from shim.cuda._codec import ffi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     Call = Callable[[int, int, int, int], int]
     """Takes the source's address and size and the target's, in bytes; how much of the target was
@@ -41,50 +41,45 @@ def why_not(name: str) -> str:
     return ""
 
 
+def missing(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Those of these codecs that cannot be used here, and why not."""
+    return {name: reason for name in names if (reason := why_not(name))}
+
+
 def compressor(name: str) -> Call:
     """For one thread. Raises Unavailable."""
     library = _library(name)
     if name == LZ4:
-
-        def by_lz4(source: int, size: int, target: int, room: int) -> int:
-            made: int = library.LZ4_compress_default(
-                ffi.cast("char *", source), ffi.cast("char *", target), size, room
-            )
-            return made
-
-        return by_lz4
+        return _by_lz4(library.LZ4_compress_default)
     context = _context(library.ZSTD_createCCtx, library.ZSTD_freeCCtx)
-
-    def by_zstd(source: int, size: int, target: int, room: int) -> int:
-        made: int = library.ZSTD_compressCCtx(
-            context, ffi.cast("void *", target), room, ffi.cast("void *", source), size, _LEVEL
-        )
-        return 0 if library.ZSTD_isError(made) else made
-
-    return by_zstd
+    return _by_zstd(library, library.ZSTD_compressCCtx, context, _LEVEL)
 
 
 def decompressor(name: str) -> Call:
     """For one thread. Raises Unavailable."""
     library = _library(name)
     if name == LZ4:
-
-        def by_lz4(source: int, size: int, target: int, room: int) -> int:
-            made: int = library.LZ4_decompress_safe(
-                ffi.cast("char *", source), ffi.cast("char *", target), size, room
-            )
-            return max(made, 0)
-
-        return by_lz4
+        return _by_lz4(library.LZ4_decompress_safe)
     context = _context(library.ZSTD_createDCtx, library.ZSTD_freeDCtx)
+    return _by_zstd(library, library.ZSTD_decompressDCtx, context)
 
-    def by_zstd(source: int, size: int, target: int, room: int) -> int:
-        made: int = library.ZSTD_decompressDCtx(
-            context, ffi.cast("void *", target), room, ffi.cast("void *", source), size
+
+def _by_lz4(function: Any) -> Call:
+    def call(source: int, size: int, target: int, room: int) -> int:
+        made: int = function(ffi.cast("char *", source), ffi.cast("char *", target), size, room)
+        return max(made, 0)
+
+    return call
+
+
+def _by_zstd(library: Any, function: Any, context: Any, *level: int) -> Call:
+    def call(source: int, size: int, target: int, room: int) -> int:
+        made: int = function(
+            context, ffi.cast("void *", target), room, ffi.cast("void *", source), size, *level
         )
         return 0 if library.ZSTD_isError(made) else made
 
-    return by_zstd
+    return call
 
 
 def _context(make: Any, free: Any) -> Any:

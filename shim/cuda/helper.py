@@ -111,7 +111,7 @@ def _move(action: str, pid: int, argument: str) -> str:
     found."""
     import json
 
-    from shim.cuda import choice, lane
+    from shim.cuda import lane
     from shim.cuda.shards import Shard
 
     given = json.loads(argument)
@@ -124,6 +124,8 @@ def _move(action: str, pid: int, argument: str) -> str:
         case "lane_check":
             lane.check(pid, **given)
         case "lane_choose":
+            from shim.cuda import choice
+
             return json.dumps(choice.choose(pid, **given))
         case "lane_fill":
             lane.fill(pid, **given)

@@ -107,17 +107,11 @@ def _write_shard(
     if packing is None:
         os.ftruncate(fd, shard.size)
     address, buffer = _buffer()
-    for at in range(0, shard.size, _CHUNK):
-        size = min(_CHUNK, shard.size - at)
-        absent = pagemap is not None and _present(pagemap, shard.start + at, size) == 0
-        chunk = _ZEROS[:size] if absent else buffer[:size]
-        if not absent:
-            _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
+    for at, memory, absent in _chunks(libc, pid, pagemap, shard, address, buffer):
         if seen is not stream:
-            seen.update(chunk)
-        empty, to = absent or _is_zero(libc, address, size), at
-        if packing is not None:
-            chunk, to = packing.add(address, chunk, empty)
+            seen.update(memory)
+        empty = absent or _is_zero(libc, address, len(memory))
+        chunk, to = (memory, at) if packing is None else packing.add(address, memory, empty)
         stream.update(chunk)
         if not empty:
             direct = store(libc, fd, chunk, to, direct)
@@ -129,6 +123,20 @@ def _write_shard(
     shard.digest, shard.seen = stream.hexdigest(), seen.hexdigest()
 
 
+def _chunks(
+    libc: Any, pid: int, pagemap: int | None, shard: Shard, address: int, buffer: memoryview
+) -> Iterator[tuple[int, memoryview, bool]]:
+    """A shard's memory, as its offset, contents (in the buffer until the next one), and whether no
+    page of it is there, as far as the pagemap tells."""
+    for at in range(0, shard.size, _CHUNK):
+        size = min(_CHUNK, shard.size - at)
+        if pagemap is not None and _present(pagemap, shard.start + at, size) == 0:
+            yield at, _ZEROS[:size], True
+        else:
+            _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
+            yield at, buffer[:size], False
+
+
 def check(pid: int, shards: list[Shard], *, threads: int) -> None:
     """Looks whether the memory still is what was written of it. Raises LaneError where it is not,
     or is not there."""
@@ -136,15 +144,9 @@ def check(pid: int, shards: list[Shard], *, threads: int) -> None:
 
     def one(shard: Shard) -> None:
         stream = digests.Stream(digests.fastest())
-        address, buffer = _buffer()
         with _opened_pagemap(pid, shard.start, shard.start + shard.size) as pagemap:
-            for at in range(0, shard.size, _CHUNK):
-                size = min(_CHUNK, shard.size - at)
-                if pagemap is not None and _present(pagemap, shard.start + at, size) == 0:
-                    stream.update(_ZEROS[:size])
-                    continue
-                _move(libc.process_vm_readv, pid, address, shard.start + at, size, "read")
-                stream.update(buffer[:size])
+            for _, chunk, _ in _chunks(libc, pid, pagemap, shard, *_buffer()):
+                stream.update(chunk)
         if stream.hexdigest() != shard.seen:
             raise LaneError(
                 f"pid {pid}: the memory at {shard.start:x} has changed since it was written to "

@@ -462,11 +462,12 @@ def compression(options: GritOptions) -> Line:
 
     wanted = options.lane_compression
     names = list(codec.LIBRARIES) if wanted == "auto" else [wanted]
-    missing = [reason for name in names if (reason := codec.why_not(name))]
+    missing = codec.missing(names)
     if not missing:
         return Line("compression", PASS, f"{', '.join(names)} (asked for: {wanted})")
-    have = ", ".join(name for name in names if not codec.why_not(name)) or "none"
-    return Line("compression", WARN, f"{have}: {'; '.join(missing)}", "install the library")
+    have = ", ".join(name for name in names if name not in missing) or "none"
+    why = "; ".join(missing.values())
+    return Line("compression", WARN, f"{have}: {why}", "install the library")
 
 
 def _cgroups() -> str:

@@ -155,11 +155,11 @@ class Saving:
         """All containers of a pod at the same time: what they say to each other must fit."""
         self._paused = [one for one in self.targets if one.task.status == m.RUNNING]
         before = self._anonymous(self._paused)
+        for target in self.targets:
+            os.makedirs(self._place(draft, target), mode=0o700, exist_ok=True)
         with ExitStack() as announcements, self.display.phase(self._all(), "suspend") as phase:
             for one in self._paused:
-                place = self._place(draft, one)
-                os.makedirs(place, mode=0o700, exist_ok=True)
-                images = os.path.join(place, checkpoint_dir.IMAGES)
+                images = os.path.join(self._place(draft, one), checkpoint_dir.IMAGES)
                 announcements.enter_context(
                     announced.announcing(self.containerd.namespace, one.id, images)
                 )
@@ -169,7 +169,6 @@ class Saving:
 
     def _dump(self, target: Target, place: str, lease: str) -> None:
         images = os.path.join(place, checkpoint_dir.IMAGES)
-        os.makedirs(place, mode=0o700, exist_ok=True)  # unless it had been paused
         options = messages.CheckpointOptions(image_path=images)
         request = m.CheckpointTask(
             container_id=target.id,
