@@ -301,6 +301,7 @@ def suspend_and_freeze(container: Container, draft: checkpoint_dir.Draft | None)
 
 def suspend_and_freeze_ahead(container: Container) -> None:
     """The same where a Checkpoint is yet to come: into its draft, if it has been announced."""
+    _drop_ahead(container)  # one that is paused already is only refused by the inner shim
     target = announced.directory(container.namespace, container.id)
     if target:
         try:

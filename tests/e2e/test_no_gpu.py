@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shim import announced, places
+from shim.ttrpc import StatusError
+from tests.e2e.faults import Direct
 from tests.e2e.gpu import CONFIG, GRIT, STOCK, Job, configure, go_on, gpu_of, kit_binds, until
 
 if TYPE_CHECKING:
@@ -82,6 +85,31 @@ def test_dumped_and_restored(place: Place, started: Callable[..., Job]) -> None:
         assert manifest["cuda_processes"] == []
         shutil.rmtree(node.path(images))
     assert 'msg="GPU suspended"' not in node.containerd_log()
+
+
+def test_paused_once_more_by_another_client(
+    place: Place, started: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each had announced a checkpoint of its own, and neither comes: nothing is left of either."""
+    node, _ = place
+    configure(node)
+    monkeypatch.setattr(places, "ANNOUNCED", str(node.path(places.ANNOUNCED)))
+    beside = node.path("/var/tmp/announced")
+    beside.mkdir()
+    job = started()
+    with Direct(job) as shim:
+        with announced.announcing("default", job.name, "/var/tmp/announced/one"):
+            shim.call("Pause")
+        assert list(beside.iterdir())
+        with (
+            announced.announcing("default", job.name, "/var/tmp/announced/other"),
+            pytest.raises(StatusError),
+        ):
+            shim.call("Pause")
+        shim.call("Resume")
+    assert list(beside.iterdir()) == []
+    beside.rmdir()
+    assert job.status() == "RUNNING"
 
 
 def test_no_slower_to_fail_than_stock(place: Place, started: Callable[..., Job]) -> None:
